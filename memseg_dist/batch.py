@@ -1,0 +1,79 @@
+"""What every layer agrees on: a batch of one data source, and the clock that says whose turn it is.
+
+Shape letters: B images of one slot, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+IGNORE = -1
+"""Class id of a pixel that no loss and no metric counts."""
+
+Supervision = Literal["masks", "labels", "none"]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that is a pure function of `parts`: the same on every machine and Python."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One slot's samples; all from one data source, all of one size.
+
+    images: uint8 [B, 3, H, W], RGB; padding is 0.
+    valid: bool [B, H, W], False on padding (and on the whole of a sample that was skipped).
+    masks: int64 [B, H, W] of label-space class ids, IGNORE where unknown; None without masks.
+    labels: per image its label-space class ids, ascending; () where there are none. They stay on
+        the host, so sizes that depend on them never cost a device synchronisation.
+    skipped: how many of the B samples could not be read and were blanked (counted, reported).
+    """
+
+    images: Tensor
+    valid: Tensor
+    masks: Tensor | None
+    labels: tuple[tuple[int, ...], ...]
+    source: str
+    supervision: Supervision
+    keys: tuple[str, ...]
+    skipped: int = 0
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> Batch:
+        masks = None if self.masks is None else function(self.masks)
+        images, valid = function(self.images), function(self.valid)
+        return dataclasses.replace(self, images=images, valid=valid, masks=masks)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where in the run a forward pass stands. Never a rank: W workers share the S slots.
+
+    step: optimizer steps done before this one, from 0.
+    slot: 0 .. num_slots - 1 within the step.
+    idle: True when a worker with fewer slots repeats one to keep the collectives in step; its loss
+        has weight 0 and what it proposes to a bank is dropped.
+    """
+
+    step: int
+    slot: int = 0
+    num_slots: int = 1
+    idle: bool = False
+    seed: int = 0
+
+    def seed_for(self, purpose: str) -> int:
+        return derive_seed(self.seed, purpose, self.step, self.slot)

@@ -1,0 +1,77 @@
+"""Eight verbs over `torch.distributed`, identities in a single process.
+
+Tensors travel on the process group's backend of their device: NCCL for CUDA tensors, gloo for CPU
+tensors. With the backend "cpu:gloo,cuda:nccl" host-side sizes are exchanged without touching the
+GPU. Every verb is a collective: all ranks call it, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def size() -> int:
+    return torch_dist.get_world_size() if _is_running() else 1
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if _is_running() else 0
+
+
+def barrier() -> None:
+    if size() > 1:
+        torch_dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, written into `tensor` and returned."""
+    if size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """Rank `source`'s values, written into `tensor` and returned."""
+    if size() > 1:
+        torch_dist.broadcast(tensor, source)
+    return tensor
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """[n, ...] of equal shape on every rank -> [W, n, ...], in rank order."""
+    if size() == 1:
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(size())]
+    torch_dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def all_gather_ragged(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[sizes[rank], ...] -> [sum(sizes), ...], in rank order; `sizes` is known to every rank."""
+    assert tensor.shape[0] == sizes[rank()], f"{tensor.shape[0]} rows, announced {sizes[rank()]}"
+    if size() == 1 or sum(sizes) == 0:
+        return tensor
+    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    parts = all_gather(padded)
+    return torch.cat([part[:count] for part, count in zip(parts, sizes, strict=True)])
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Small picklable host values of every rank, in rank order. Not for the training step."""
+    if size() == 1:
+        return [value]
+    values: list[T | None] = [None] * size()
+    torch_dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def _is_running() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
