@@ -1,4 +1,6 @@
-"""Fixtures shared by the suite: a pool of real gloo ranks, and the real pictures where there are any."""
+"""Fixtures shared by the suite: a pool of real gloo ranks, and the real pictures where there are
+any.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def process_pool():
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real images for checks; tests that need it are skipped visibly where it is absent."""
+    """Folder of real images for checks; tests that need it are skipped visibly where it is
+    absent.
+    """
     root = Path(os.environ.get("MEMSEG_REAL_DATA", REPOSITORY.parent / "shared" / "data"))
     if not root.is_dir():
         pytest.skip(f"no real images at {root}; set MEMSEG_REAL_DATA")

@@ -33,7 +33,9 @@ class ProcessPool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """function(*args) on every rank; results in rank order. Raises with every rank's traceback."""
+        """function(*args) on every rank; results in rank order. Raises with every rank's
+        traceback.
+        """
         source = inspect.getsourcefile(function)
         for pipe in self._pipes:
             pipe.send((source, function.__qualname__, args))

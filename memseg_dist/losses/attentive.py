@@ -1,10 +1,11 @@
-"""LarvSeg's category-wise attention map (section 3.3 of the paper): constants, never differentiated.
+"""LarvSeg's category-wise attention map (section 3.3): constants, never differentiated.
 
 Shape letters: R (image, label) pairs, B images, L positions, D channels, N classes of the source.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ BackgroundReduction = Literal["mean", "max"]
 def top_pixel_mean(
     score_RL: Tensor, valid_RL: Tensor, features_BLD: Tensor, image_R: Tensor, top_k: int
 ) -> Tensor:
-    """Mean feature [R, D] of the top_k valid positions with the highest score (fewer if fewer exist).
+    """Mean feature [R, D] of the (at most) top_k valid positions with the highest score.
 
     One memory event. Not re-normalised: the mean over events of these means is then exactly the
     mean over all the M * top_k vectors that the paper stores.
@@ -68,12 +69,12 @@ def mined_background(
     distance_threshold: float,
     reduction: BackgroundReduction = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """S_bg of images with one label: classes that the classifier sees and that look unlike the label.
+    """S_bg of images with one label: classes seen in the image that look unlike the label.
 
-    A class k is background if the mean of its 5 highest cosines exceeds peak_threshold, its memory is
-    warm, and its score map is unlike the label's: mse(zscore(s_fg), zscore(s_k)) > distance_threshold,
-    which is 2 (1 - correlation) (L - 1) / L. label_B holds columns of weight_ND. Returns [B, L] and
-    the number of classes [B].
+    A class k is background if the mean of its 5 highest cosines exceeds peak_threshold, its memory
+    is warm, and its score map is unlike the label's: mse(zscore(s_fg), zscore(s_k)) >
+    distance_threshold, which is 2 (1 - correlation) (L - 1) / L. label_B holds columns of
+    weight_ND. Returns [B, L] and the number of classes [B].
     """
     num_images, num_positions, _ = features_BLD.shape
     if num_images == 0:
@@ -115,7 +116,7 @@ def contrast(foreground_RL: Tensor, background_RL: Tensor, count_R: Tensor) -> T
 
 
 def attention_map(
-    contrast_RL: Tensor, valid_RL: Tensor, low_size: tuple[int, int], size: tuple[int, int]
+    contrast_RL: Tensor, valid_RL: Tensor, low_size: Sequence[int], size: Sequence[int]
 ) -> Tensor:
     """Eq. 4: A = sigmoid(up(norm(S_fg - S_bg))) [R, H, W]; norm = z-score over valid positions."""
     weight_RL = valid_RL.to(contrast_RL.dtype)
@@ -123,11 +124,11 @@ def attention_map(
     centred_RL = contrast_RL - (contrast_RL * weight_RL).sum(dim=1, keepdim=True) / count_R1
     variance_R1 = (centred_RL.square() * weight_RL).sum(dim=1, keepdim=True) / count_R1
     normed_RL = centred_RL * torch.rsqrt(variance_R1 + EPSILON)
-    return torch.sigmoid(upsample(normed_RL.unflatten(1, low_size), size))
+    return torch.sigmoid(upsample(normed_RL.unflatten(1, tuple(low_size)), size))
 
 
 def _centred_unit(map_BLn: Tensor, valid_BL1: Tensor) -> Tensor:
-    """Centred over valid positions and of unit length; NaN for a constant map (never background)."""
+    """Centred over valid positions, of unit length; NaN (never background) if constant."""
     weight_BL1 = valid_BL1.to(map_BLn.dtype)
     mean_B1n = (map_BLn * weight_BL1).sum(1, keepdim=True) / weight_BL1.sum(1, keepdim=True)
     centred_BLn = (map_BLn - mean_B1n) * weight_BL1

@@ -4,7 +4,7 @@ LarvSeg's logit is the raw cosine c_pk = x_p . w_k, normalised over the classes 
 
     z_pk = gamma * (c_pk - mean_k c_p) / sqrt(var_k c_p + eps)            (LayerNorm over classes)
 
-A softmax does not see what is constant over k, so z_pk = (gamma / sigma_p) x_p . w_k up to a shift, and
+A softmax does not see a shift that is constant over k: z_pk = (gamma / sigma_p) x_p . w_k, with
 
     sigma_p^2 = var_k (x_p . w_k) + eps = x_pᵀ S x_p + eps,   S = covariance of the w_k   [D, D].
 
@@ -29,7 +29,7 @@ def class_covariance(weight_ND: Tensor, multiplicity_N: Tensor | None = None) ->
     if multiplicity_N is None:
         centred_ND = weight_ND - weight_ND.mean(dim=0)
         return centred_ND.T @ centred_ND / weight_ND.shape[0]
-    share_N1 = (multiplicity_N / multiplicity_N.sum()).to(weight_ND.dtype)[:, None]
+    share_N1 = multiplicity_N.to(weight_ND.dtype)[:, None] / multiplicity_N.sum()
     centred_ND = weight_ND - (share_N1 * weight_ND).sum(dim=0)
     return centred_ND.T @ (share_N1 * centred_ND)
 

@@ -1,14 +1,15 @@
 """Bilinear resizing as two matrix products, and its exact adjoint.
 
-`F.interpolate(mode="bilinear", align_corners=False)` is linear and separable: up(z) = V z Hᵀ with two
-small constant matrices. Written so, any strip of rows can be made alone, the adjoint is a transpose,
-and both are deterministic on a GPU (the library's backward uses atomic adds).
+`F.interpolate(mode="bilinear", align_corners=False)` is linear and separable: up(z) = V z Hᵀ with
+two small constant matrices. Written so, any strip of rows can be made alone, the adjoint is a
+transpose, and both are deterministic on a GPU (the library's backward uses atomic adds).
 
 Shape letters: h x w low resolution, H x W high resolution.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -22,14 +23,12 @@ def interpolation_matrix(
 ) -> Tensor:
     """[size, low_size] matrix that resizes a column of low_size values to size values."""
     with torch.inference_mode(False), torch.no_grad():
-        identity = torch.eye(low_size, dtype=torch.float64)[None, None]  # rows resized, columns kept
-        matrix = F.interpolate(
-            identity, (size, low_size), mode="bilinear", align_corners=False
-        )
+        identity = torch.eye(low_size, dtype=torch.float64)[None, None]
+        matrix = F.interpolate(identity, (size, low_size), mode="bilinear", align_corners=False)
         return matrix[0, 0].to(device=device, dtype=dtype)
 
 
-def upsample(low: Tensor, size: tuple[int, int], rows: slice = slice(None)) -> Tensor:
+def upsample(low: Tensor, size: Sequence[int], rows: slice = slice(None)) -> Tensor:
     """[..., h, w] -> rows `rows` of the [..., H, W] bilinear (align_corners=False) enlargement."""
     vertical = interpolation_matrix(size[0], low.shape[-2], low.dtype, low.device)[rows]
     horizontal = interpolation_matrix(size[1], low.shape[-1], low.dtype, low.device)
@@ -37,7 +36,7 @@ def upsample(low: Tensor, size: tuple[int, int], rows: slice = slice(None)) -> T
 
 
 def upsample_adjoint(
-    high: Tensor, low_size: tuple[int, int], height: int, rows: slice = slice(None)
+    high: Tensor, low_size: Sequence[int], height: int, rows: slice = slice(None)
 ) -> Tensor:
     """The transpose of `upsample`: [..., len(rows), W] -> [..., h, w], for a full height of H."""
     vertical = interpolation_matrix(height, low_size[0], high.dtype, high.device)[rows]

@@ -2,8 +2,8 @@
 
     loss = -1/|pixels| sum_q log softmax_k( up(u)_q . w_k + b_k )[target_q]
 
-Because upsampling is linear, up(u . w) = up(u) . w. The forward pass walks over images and strips of
-rows; for each it makes the logits, adds to the loss, and folds their gradient back to the low
+Because upsampling is linear, up(u . w) = up(u) . w. The forward pass walks over images and strips
+of rows; for each it makes the logits, adds to the loss, and folds their gradient back to the low
 resolution at once. What is kept for backward has the shape of u and of w.
 
 Shape letters: B images, h x w low resolution, H x W target resolution, D channels, N classes.
@@ -72,9 +72,7 @@ class _PixelCrossEntropy(torch.autograd.Function):
                         gradient_NsW, low_Nhw.shape[1:], height, rows
                     )
             if wants_gradient:
-                features_gradient[index] = torch.einsum(
-                    "nhw,nd->dhw", low_gradient_Nhw, weight_ND
-                )
+                features_gradient[index] = torch.einsum("nhw,nd->dhw", low_gradient_Nhw, weight_ND)
                 weight_gradient += torch.einsum("nhw,dhw->nd", low_gradient_Nhw, features_Dhw)
         ctx.save_for_backward(features_gradient, weight_gradient)
         return total
@@ -85,9 +83,7 @@ class _PixelCrossEntropy(torch.autograd.Function):
         return gradient * features_gradient, gradient * weight_gradient, None, None, None
 
 
-def _strip(
-    logits_NsW: Tensor, target_sW: Tensor, wants_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def _strip(logits_NsW: Tensor, target_sW: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
     """Summed loss of one strip and its gradient with respect to the logits."""
     known_sW = target_sW != IGNORE
     column_1sW = target_sW.clamp_min(0)[None]

@@ -1,16 +1,19 @@
-"""Image-level cross-entropy over spatially pooled linear logits: one row of logits per (image, label).
+"""Image-level cross-entropy over spatially pooled linear logits, one row per (image, label).
 
-    loss_r = -log softmax_k( sum_p a_rp u_p . w_k )[target_r],    labels of the image other than
-                                                                  the target taken out of the softmax
+    loss_r = -log softmax_k( sum_p a_rp u_p . w_k )[target_r]
+
+with the other labels of the image taken out of the softmax.
 
 The official code enlarges all logits, weighs and averages them. Enlarging is linear, so its adjoint
-moves the weights to the low resolution instead (`pooling_weights`), and pooling the D-vector u before
-the classifier leaves one [pairs, classes] product. Identities (a)-(c) of the specification.
+moves the weights to the low resolution instead (`pooling_weights`), and pooling the D-vector u
+before the classifier leaves one [pairs, classes] product. Identities (a)-(c) of the specification.
 
 Shape letters: R (image, label) pairs, B images, L = h * w positions, D channels, N classes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,7 @@ from memseg_dist.losses.resize import upsample_adjoint
 
 
 def pooling_weights(
-    attention_RHW: Tensor, valid_RHW: Tensor, low_size: tuple[int, int], *, by_attention: bool
+    attention_RHW: Tensor, valid_RHW: Tensor, low_size: Sequence[int], *, by_attention: bool
 ) -> Tensor:
     """a [R, L] with sum_p a_p z_p = sum_q up(z)_q A_q V_q / sum_q V_q.
 

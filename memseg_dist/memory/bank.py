@@ -63,7 +63,7 @@ class Bank:
         self._events = np.full((len(self.owned), capacity, 3), -1, dtype=np.int64)
         self._pending: dict[int, tuple[np.ndarray, Tensor]] = {}
 
-    def propose(self, class_ids: Sequence[int], rows: Tensor, clock: Clock) -> None:
+    def propose(self, class_ids: Sequence[int] | np.ndarray, rows: Tensor, clock: Clock) -> None:
         """One slot's events: rows [n, D] of the classes class_ids [n], in the order of the batch.
 
         A second proposal of the same slot replaces the first, so recomputed activations cannot
@@ -78,7 +78,7 @@ class Bank:
 
     @torch.no_grad()
     def commit(self, clock: Clock) -> None:
-        """Apply all ranks' proposals. Collective: one exchange of ids on the host, two of vectors."""
+        """Apply all ranks' proposals. Collective: ids go over the host, vectors over the device."""
         class_E, event_E3, rows_ED = self._gather_proposals(clock)
         if len(class_E) == 0:
             return
@@ -135,7 +135,7 @@ class Bank:
         }
 
     def load_state_dict(self, read: Reader) -> None:
-        """Take over a bank saved by any number of ranks. Collective. ValueError if shapes differ."""
+        """Take over a bank saved by any number of ranks. ValueError if shapes differ. Collective."""
         totals = read("totals")
         if totals.shape != (self.num_classes,):
             raise ValueError(
@@ -186,7 +186,7 @@ class Bank:
         pq.write_table(pa.table(columns), directory / name)
 
     def _gather_proposals(self, clock: Clock) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """All ranks' events in (slot, row) order: classes [E], (step, slot, row) [E, 3], rows [E, D]."""
+        """All events in (slot, row) order: class [E], (step, slot, row) [E, 3], vectors [E, D]."""
         slots = sorted(self._pending)
         local_ids = [self._pending[slot][0] for slot in slots]
         header = [
@@ -207,7 +207,7 @@ class Bank:
         return header_E3[:, 0], events_E3, rows_ED[self._on_device(order)]
 
     def _refresh(self, changed: np.ndarray) -> None:
-        """Bring means and counts of the changed classes (ascending, known to every rank) up to date."""
+        """Bring means and counts of the changed classes up to date; `changed` ascends."""
         changed_index = self._on_device(changed)
         totals = self._on_device(self._totals[changed])
         self.counts[changed_index] = totals.clamp(max=self.capacity)

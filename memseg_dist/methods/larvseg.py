@@ -1,15 +1,15 @@
 """LarvSeg: Large-Vocabulary Segmentation with image classification data.
 
-Pixel masks teach some classes, image labels teach all of them. A memory of each class's pixel features
-over the whole data set shows where in an image a label belongs; the image-level loss is then applied
-there.
+Pixel masks teach some classes, image labels teach all of them. A memory of each class's pixel
+features over the whole data set shows where in an image a label belongs; the image-level loss is
+then applied there.
 
     L = L_seg + lambda_cls L_cls + lambda_aux L_aux                                        (Eq. 6)
 
 The paper's baseline (Eq. 1) is the same class with `attention="off"`: no bank, no L_aux.
 
-Where the paper is silent or differs from its official code, the decision, and the flag that gives the
-other behaviour:
+Where the paper is silent or differs from its official code, the decision, and the flag that gives
+the other behaviour:
 
  1  logit: cosine normalised over the classes of the pixel, learned scale      `logit_scale`
  2  Eq. 5's temperature is 1                                                   `temperature`
@@ -22,15 +22,15 @@ other behaviour:
  9  L_seg divides by all pixels, ignored ones included                         `seg_denominator`
 10  classes that share a name are one column of the softmax                    `keep_duplicates`
 11  padding takes no part in pooling, top-K and z-score                        `mask_padding`
-12  a cold class (fewer than `warm_up` events) is no background                `skip_cold_background`
+12  a cold class (fewer than `warm_up` events) is no background               `skip_cold_background`
 13  attention from the memory, not from the image's own best pixels            `attention`
 14  all labels of a step see the memory as of the last commit (the code: label after label)
 
 No loss keeps anything of shape [pixels, classes]: see `losses.cosine`, `losses.weak` and
-`losses.segmentation`. `larvseg_reference` holds the literal computation that this one is tested against.
+`losses.segmentation`. The literal computation, which the tests compare with, is `larvseg_reference`.
 
-Shape letters: B images of the slot, H x W pixels of the loss (the crop at half resolution), L = h * w
-positions of the feature map, D channels, N classes of the source, C classes of the label space,
+Shape letters: B images of the slot, H x W pixels of the loss (the crop at half resolution),
+L = h w positions of the feature map, D channels, N classes of the source, C of the label space,
 R (image, label) pairs of the slot.
 """
 
@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -99,23 +99,35 @@ class LarvSegConfig:
     """A fixed scale of the plain cosine; None: normalised over the classes, learned scale."""
     seg_denominator: Denominator = "all"
     keep_duplicates: bool = False
-    """Give a class that k names of a mask source share k softmax columns, as in the official code."""
+    """Give a class that k names share k columns of the softmax, as in the official code."""
     mask_padding: bool = True
+
+
+class PixelClassifier(Protocol):
+    """What the method asks of its classifier; `models.cosine.CosineClassifier` is one."""
+
+    num_classes: int
+    dim: int
+    gamma: Tensor
+
+    def embed(self, features_BDhw: Tensor) -> Tensor: ...
+
+    def class_weights(self, class_ids_N: Tensor) -> Tensor: ...
 
 
 class LarvSeg(Method):
     """The segmenter, its three losses and its memory.
 
-    backbone: uint8 images, valid -> [B, D, h, w]. classifier: `models.cosine.CosineClassifier` over the
-    label space. classes: per source, the sorted label-space ids [N] of its vocabulary; multiplicity:
-    per mask source, how many of its names share each id [N] (absent: one each). base_classes: ids with
-    masks, used by `novel_only`.
+    backbone: uint8 images, valid -> [B, D, h, w]. classifier: `models.cosine.CosineClassifier`
+    over the label space. classes: per source, the sorted label-space ids [N] of its vocabulary;
+    multiplicity: per mask source, how many of its names share each id [N] (absent: one each).
+    base_classes: ids with masks, used by `novel_only`.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        classifier: nn.Module,
+        classifier: PixelClassifier,
         config: LarvSegConfig,
         *,
         classes: Mapping[str, np.ndarray],
@@ -136,9 +148,7 @@ class LarvSeg(Method):
             for name, counts in (multiplicity or {}).items()
             if config.keep_duplicates and np.max(counts, initial=1) > 1
         }
-        self._column = {
-            name: _columns_of(ids, num_classes) for name, ids in classes.items()
-        }
+        self._column = {name: _columns_of(ids, num_classes) for name, ids in classes.items()}
         self._column_on_device = {
             name: torch.as_tensor(column, device=device) for name, column in self._column.items()
         }
@@ -257,13 +267,12 @@ class LarvSeg(Method):
         weight_ND: Tensor,
         valid_BL: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """S_fg - S_bg [R, L] (Eq. 3, 4) and which pairs have a warm memory [R]; proposes the events."""
+        """S_fg - S_bg [R, L] (Eq. 3, 4), which pairs are warm [R]; proposes the slot's events."""
         assert self.memory is not None
         scope = (clock.slot if self.num_scopes > 1 else 0) * self.classifier.num_classes
         memory_id_R = pairs.class_id + scope
         valid_RL = valid_BL[pairs.image]
-        peak_RL = torch.einsum("bld,rd->rbl", x_BLD, weight_ND[pairs.column])
-        peak_RL = peak_RL[torch.arange(len(pairs.ids), device=x_BLD.device), pairs.image]
+        peak_RL = _pair_scores(x_BLD, weight_ND[pairs.column], pairs)
         event_RD = attentive.top_pixel_mean(
             peak_RL, valid_RL, x_BLD, pairs.image, self.config.top_k
         )
@@ -276,56 +285,45 @@ class LarvSeg(Method):
         else:
             mean_RD = self.memory.means[memory_id_R]
             is_warm_R = self.memory.counts[memory_id_R] >= self.warm_up
-        score_RRL = torch.einsum("bld,rd->brl", x_BLD, mean_RD)[pairs.image]  # [r's image, class]
-        score_RL = score_RRL.diagonal(dim1=0, dim2=1).T
-        background_RL, count_R = self._label_background(pairs, score_RRL, is_warm_R)
-        if len(pairs.single):
-            self._mine_background(
-                pairs, x_BLD, valid_BL, score_RL, weight_ND, batch.source, scope,
-                background_RL, count_R,
-            )  # fmt: skip
-        return attentive.contrast(score_RL, background_RL, count_R), is_warm_R
-
-    def _label_background(
-        self, pairs: _Pairs, score_RRL: Tensor, is_warm_R: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """S_bg from the other labels of the same image."""
-        is_background_RR = pairs.same_image & ~torch.eye(
-            len(pairs.ids), dtype=torch.bool, device=score_RRL.device
-        )
+        score_RL = _pair_scores(x_BLD, mean_RD, pairs)
+        is_background_RR = pairs.other_label
         if self.config.skip_cold_background:
             is_background_RR = is_background_RR & is_warm_R
-        # the score of class s in r's image equals its score in its own image: the same image
-        score_RL = score_RRL.diagonal(dim1=0, dim2=1).T
-        return attentive.background_of_other_labels(
+        background_RL, count_R = attentive.background_of_other_labels(
             score_RL, is_background_RR, self.config.background
         )
+        if len(pairs.single):
+            single = pairs.single
+            background_RL[single], count_R[single] = self._mined_background(
+                pairs, x_BLD, valid_BL, score_RL, weight_ND, self.classes[batch.source] + scope
+            )
+        return attentive.contrast(score_RL, background_RL, count_R), is_warm_R
 
-    def _mine_background(
-        self, pairs: _Pairs, x_BLD, valid_BL, score_RL, weight_ND, source, scope, background_RL, count_R
-    ) -> None:
-        """Fill in S_bg of the pairs whose image has no other label, from mined classes."""
+    def _mined_background(
+        self,
+        pairs: _Pairs,
+        x_BLD: Tensor,
+        valid_BL: Tensor,
+        score_RL: Tensor,
+        weight_ND: Tensor,
+        memory_id_N: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """S_bg of the pairs whose image has no other label, mined in the source's vocabulary."""
         assert self.memory is not None
-        single = pairs.single
-        image = pairs.image[single]
-        memory_id_N = self.classes[source] + scope
+        image = pairs.image[pairs.single]
         warm_N = self.memory.counts[memory_id_N] >= self.warm_up
-        if not self.config.skip_cold_background:
-            warm_N = torch.ones_like(warm_N)
-        mined_RL, mined_count_R = attentive.mined_background(
+        return attentive.mined_background(
             x_BLD[image],
             valid_BL[image],
-            score_RL[single],
-            pairs.column[single],
+            score_RL[pairs.single],
+            pairs.column[pairs.single],
             weight_ND,
             self.memory.means[memory_id_N],
-            warm_N,
+            warm_N if self.config.skip_cold_background else torch.ones_like(warm_N),
             peak_threshold=self.config.peak_threshold,
             distance_threshold=self.config.distance_threshold,
             reduction=self.config.background,
         )
-        background_RL[single] = mined_RL
-        count_R[single] = mined_count_R
 
     def after_step(self, clock: Clock) -> None:
         if self.memory is not None:
@@ -370,17 +368,18 @@ class LarvSeg(Method):
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The (image, label) pairs of a slot, in batch order. Built from host labels: no synchronisation.
+    """The (image, label) pairs of a slot, in batch order, made from host labels alone.
 
-    ids: class ids on the host [R]; image, class_id, column: [R]; same_image: [R, R]; single: pairs that
-    are their image's only label; others: (pair, column) indices of the image's other labels.
+    ids: class ids on the host [R]; image, class_id, column: [R]; other_label [R, R]: s is another
+    label of r's image; others: the same as (pair, column) indices; single: pairs that have no
+    other label.
     """
 
     ids: np.ndarray
     image: Tensor
     class_id: Tensor
     column: Tensor
-    same_image: Tensor
+    other_label: Tensor
     single: Tensor
     others: tuple[Tensor, Tensor]
 
@@ -395,15 +394,21 @@ class _Pairs:
                 "vocabulary of that source"
             )
         image = np.repeat(np.arange(len(counts)), counts)
-        same_image = image[:, None] == image
-        pair, other = np.nonzero(same_image & ~np.eye(len(ids), dtype=bool))
+        other_label = (image[:, None] == image) & ~np.eye(len(ids), dtype=bool)
+        pair, other = np.nonzero(other_label)
         single = np.flatnonzero(np.repeat(counts, counts) == 1)
 
         def put(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(device, non_blocking=True)
 
         others = (put(pair), put(column[other]))
-        return _Pairs(ids, put(image), put(ids), put(column), put(same_image), put(single), others)
+        return _Pairs(ids, put(image), put(ids), put(column), put(other_label), put(single), others)
+
+
+def _pair_scores(x_BLD: Tensor, vector_RD: Tensor, pairs: _Pairs) -> Tensor:
+    """[R, L]: products of pair r's vector with the positions of its image."""
+    every_image_BRL = torch.einsum("bld,rd->brl", x_BLD, vector_RD)
+    return every_image_BRL[pairs.image, torch.arange(len(pairs.ids), device=x_BLD.device)]
 
 
 def _columns_of(class_ids: np.ndarray, num_classes: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from memseg_dist.memory.rows import Stateful
 
 @dataclass(frozen=True)
 class LinearLogits:
-    """Logits that are linear in a feature map, so that they can be upsampled a few classes at a time.
+    """Logits that are linear in a feature map: they can be enlarged a few classes at a time.
 
     features: [B, D, h, w]; weight: [K, D]; bias: [K] or None.
     """
@@ -55,7 +55,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def attention(self, images: Tensor, classes: Sequence[int]) -> Tensor | None:
-        """Where image b shows class classes[b]: [B, h, w] in 0..1; None if the method has no such map."""
+        """Where image b shows class classes[b]: [B, h, w] in 0..1; None without such a map."""
         return None
 
     def after_step(self, clock: Clock) -> None:
@@ -66,5 +66,5 @@ class Method(nn.Module):
         return {}
 
     def summary(self, clock: Clock) -> dict[str, float]:
-        """Figures worth a plot (bank fill, coverage, staleness); called at log time, on every rank."""
+        """Figures worth a plot (bank fill, coverage, staleness), asked for at log time."""
         return {}

@@ -5,10 +5,12 @@ Shape letters: B images, H x W pixels, h x w positions, D channels.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +31,7 @@ class BackboneConfig:
     pretrained: str = ""
     """'hub' (timm's own weights), a .safetensors file, or '' for random weights."""
     image_size: int = 512
-    """Nominal picture size of a ViT's position embedding; other sizes are interpolated at run time."""
+    """Nominal picture size of a ViT's position embedding, which is resized for other sizes."""
     output_stride: int | None = None
     """8, 16 or 32 for convolutional nets (dilated as needed); None keeps the net's own."""
     drop_path: float = 0.1
@@ -46,11 +48,11 @@ TRANSFORMER_MODULES = tuple(
 
 
 class LastBlock(nn.Module):
-    """A plain vision transformer as a feature map: last block, final norm, prefix tokens dropped."""
+    """A vision transformer as a feature map: last block, final norm, no prefix tokens."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Any) -> None:
         super().__init__()
-        self.net = net
+        self.net: Any = net
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         return self.net.forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)
@@ -65,9 +67,13 @@ class Backbone(nn.Module):
     Attributes: dim (D), stride (pixels per position at the nominal size).
     """
 
-    def __init__(self, net: nn.Module, dim: int, stride: int, mean, std) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: Any, dim: int, stride: int, mean, std) -> None:
         super().__init__()
-        self.net, self.dim, self.stride = net, dim, stride
+        self.net: Any = net
+        self.dim, self.stride = dim, stride
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -88,6 +94,9 @@ class Backbone(nn.Module):
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """ValueError for an unknown model name, a missing weight file or weights that do not fit."""
+    if not timm.is_model(config.name.split(".")[0]):
+        nearest = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        raise ValueError(f"backbone '{config.name}' is no timm model; nearest: {nearest}")
     options = {key: json.loads(value) for key, value in config.options.items()}
     options["pretrained"] = config.pretrained == "hub"
     if config.drop_path:
@@ -95,12 +104,11 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     if config.output_stride is not None:
         options["output_stride"] = config.output_stride
     try:
-        entry = timm.model_entrypoint(timm.models.split_model_name_tag(config.name)[0])
+        entry = timm.model_entrypoint(config.name)
         if entry.__module__ in TRANSFORMER_MODULES:
             net, dim, stride = _transformer(config, options)
         else:
-            net = timm.create_model(config.name, features_only=True, out_indices=[-1], **options)
-            dim, stride = net.feature_info.channels()[-1], net.feature_info.reduction()[-1]
+            net, dim, stride = _convolutional(config, options)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"backbone '{config.name}' with {options}: {error}") from error
     backbone = Backbone(net, dim, stride, config.mean, config.std)
@@ -111,8 +119,13 @@ def build_backbone(config: BackboneConfig) -> Backbone:
 
 def _transformer(config: BackboneConfig, options: dict) -> tuple[nn.Module, int, int]:
     options = {"img_size": config.image_size, "dynamic_img_size": True} | options
-    net = timm.create_model(config.name, num_classes=0, global_pool="", **options)
+    net: Any = timm.create_model(config.name, num_classes=0, global_pool="", **options)
     return LastBlock(net), net.embed_dim, net.patch_embed.patch_size[0]
+
+
+def _convolutional(config: BackboneConfig, options: dict) -> tuple[nn.Module, int, int]:
+    net: Any = timm.create_model(config.name, features_only=True, out_indices=[-1], **options)
+    return net, net.feature_info.channels()[-1], net.feature_info.reduction()[-1]
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> None:
@@ -126,7 +139,9 @@ def load_backbone(backbone: Backbone, path: str | Path) -> None:
     ValueError names the file and the tensors that are missing, left over or of another shape.
     """
     if not Path(path).is_file():
-        raise ValueError(f"backbone weights '{path}' do not exist; give a .safetensors file or 'hub'")
+        raise ValueError(
+            f"backbone weights '{path}' do not exist; give a .safetensors file or 'hub'"
+        )
     saved = load_file(path)
     wanted = backbone.state_dict()
     for name, tensor in saved.items():

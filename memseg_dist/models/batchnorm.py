@@ -1,15 +1,15 @@
 """BatchNorm that does not know how many workers there are.
 
-A slot is what one GPU was in the papers: training normalises within the slot, as BatchNorm does, and
-the running statistics move once per optimizer step, by the mean over all slots of all ranks.
+A slot is what one GPU was in the papers: training normalises within the slot, as BatchNorm does,
+and the running statistics move once per optimizer step, by the mean over all slots of all ranks.
 
     record_batchnorm(model)                                    # once, after building
     for each slot: set_slot(model, slot or None when idle); model(...)
     commit_statistics(model)                                   # collective, once per step
 
 It works on any BatchNorm class (timm's fused ones too): the layer's own momentum becomes 0, so its
-running statistics stay put, and a hook records each slot's statistics beside it. Recording is by slot:
-a recomputed forward (activation checkpointing) records the same again.
+running statistics stay put, and a hook records each slot's statistics beside it. Recording is by
+slot: a recomputed forward (activation checkpointing) records the same again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def record_batchnorm(module: nn.Module) -> nn.Module:
                     f"track_running_stats={layer.track_running_stats}: its running statistics "
                     "cannot be kept independent of the number of workers"
                 )
-            layer.slot_statistics = SlotStatistics(layer.momentum)
+            layer.slot_statistics = SlotStatistics(layer.momentum)  # type: ignore[assignment]
             layer.momentum = 0.0
             layer.register_forward_pre_hook(_record)
     return module

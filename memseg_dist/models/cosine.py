@@ -1,6 +1,7 @@
 """LarvSeg's classifier: two projections and a learned class table, all of one width.
 
-Shape letters: B images, h x w positions, L = h * w, D channels, N classes of the current vocabulary.
+Shape letters: B images, h x w positions, L = h * w, D channels, N classes of the current
+vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ class CosineClassifier(nn.Module):
     """x = normalise(F P), w = normalise(E Q); the logit is a function of x . w.
 
     The paper's "one-layer cosine classifier" as the official code has it: P and Q [D, D] drawn from
-    N(0, 1/D), E [num_classes, D] from a truncated normal of 0.02, and a scale gamma that starts at 1.
+    N(0, 1/D), E [num_classes, D] from a truncated normal of 0.02, and a scale gamma that starts at
+    1.
     """
 
     def __init__(self, num_classes: int, in_dim: int, dim: int | None = None) -> None:
