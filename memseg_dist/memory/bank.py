@@ -135,7 +135,7 @@ class Bank:
         }
 
     def load_state_dict(self, read: Reader) -> None:
-        """Take over a bank saved by any number of ranks. ValueError if shapes differ. Collective."""
+        """Take over a bank saved by any ranks. ValueError if shapes differ. Collective."""
         totals = read("totals")
         if totals.shape != (self.num_classes,):
             raise ValueError(

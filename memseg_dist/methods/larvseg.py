@@ -27,7 +27,7 @@ the other behaviour:
 14  all labels of a step see the memory as of the last commit (the code: label after label)
 
 No loss keeps anything of shape [pixels, classes]: see `losses.cosine`, `losses.weak` and
-`losses.segmentation`. The literal computation, which the tests compare with, is `larvseg_reference`.
+`losses.segmentation`. The tests compare with the literal computation in `larvseg_reference`.
 
 Shape letters: B images of the slot, H x W pixels of the loss (the crop at half resolution),
 L = h w positions of the feature map, D channels, N classes of the source, C of the label space,

@@ -1,0 +1,319 @@
+"""Your own pictures to shards.
+
+    folder.py masks   --images IMAGES --masks MASKS --classes classes.txt --out shards/mine
+    folder.py classes --root FOLDER --out shards/mine         # FOLDER/dog/1.jpg, FOLDER/cat/...
+    folder.py table   --table labels.csv --images IMAGES --classes classes.txt --out shards/mine
+    folder.py index-json --index index.json --split train --out shards/mine
+
+Class lists (--classes): a text file with one name a line, in the order of the ids (more columns, by
+tabs: uid, synonyms by commas); a JSON list of names, {"classes": [names]}, or a vocabulary.json.
+A class without a uid gets that of the same-named class of --uids VOCABULARY (such as
+datasets/vocabularies/coco_stuff_171.json), so that it is one class with that data set's; else
+"name:dog". The commands that turn the sample data of the project's checks into shards are in
+docs/results.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from memseg_dist.data.class_lists import (
+    NO_UID,
+    fill_uids,
+    finder,
+    name_uid,
+    read_classes,
+    read_json,
+)
+from memseg_dist.data.files import read_bytes, write_atomically
+from memseg_dist.data.recipe import Mask, Picture, list_images, map_values, read_pixels
+from memseg_dist.data.shards import escape_key
+from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.runtime.build import BuildReport, Options, build_pictures, command_line
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A folder of images and a folder of label maps with the same file names."""
+
+    images: Path
+    masks: Path
+    """Grey or palette PNG; a pixel's value is its class's place in the class list."""
+    classes: Path
+    options: Options
+    ignore: tuple[int, ...] = (255,)
+    """Values of pixels without a label."""
+    first_value: int = 0
+    """The value of the first class (1 where 0 means background to ignore: add --ignore 0)."""
+    labels_only: bool = False
+    """Write the classes of the mask as image labels, and no mask."""
+    uids: Path | None = None
+    """Vocabulary to take uids from, by name."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """One folder of images per class, named by the class or by its WordNet id."""
+
+    root: Path
+    options: Options
+    classes: Path | None = None
+    """Class list; the folders' names if not given."""
+    uids: Path | None = None
+    """Vocabulary to take uids from, by name."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Image labels in a CSV (path,label;label) or JSON ({path: [labels]} or [[path, labels]])."""
+
+    table: Path
+    images: Path
+    """Folder that the paths in the table start from."""
+    options: Options
+    classes: Path | None = None
+    """Class list; all labels of the table, by name, if not given."""
+    uids: Path | None = None
+    """Vocabulary to take uids from, by name."""
+
+
+@dataclass(frozen=True)
+class IndexJson:
+    """An index.json: {"classes": [names], "ignore": 255, "images": [{"file", "split", "labels"}]}
+    with images/ and masks/ beside it; or, for single labels, {"coco80_classes": [names], "images":
+    [{"file", "wnid", "name", "coco80": id or null}]}, where an image without a class of the list
+    gets the class of its own wnid or name."""
+
+    index: Path
+    options: Options
+    split: str | None = None
+    """Only images of this split."""
+    labels_only: bool = False
+    """Write image labels and no masks."""
+    uids: Path | None = None
+    """Vocabulary to take uids from, by name."""
+    drop_empty_classes: bool = False
+    """Leave classes without an image out of the vocabulary."""
+    listed_classes_only: bool = False
+    """Leave out images of a class outside the list."""
+    shuffle_labels: int | None = None
+    """Permute the labels among the images by this seed: the control that should teach nothing."""
+
+
+Recipe = (
+    Annotated[Masks, tyro.conf.subcommand("masks")]
+    | Annotated[Classes, tyro.conf.subcommand("classes")]
+    | Annotated[Table, tyro.conf.subcommand("table")]
+    | Annotated[IndexJson, tyro.conf.subcommand("index-json")]
+)
+
+
+def build(recipe: Masks | Classes | Table | IndexJson) -> BuildReport:
+    if isinstance(recipe, Masks):
+        return build_masks(recipe)
+    if isinstance(recipe, Classes):
+        return build_classes(recipe)
+    return build_table(recipe) if isinstance(recipe, Table) else build_index_json(recipe)
+
+
+def build_masks(recipe: Masks) -> BuildReport:
+    vocabulary = read_classes(recipe.classes, recipe.uids)
+    pictures = []
+    for image in list_images(recipe.images):
+        relative = image.relative_to(recipe.images)
+        mask = (recipe.masks / relative).with_suffix(".png")
+        if not mask.exists():
+            raise ValueError(f"image {image} has no mask {mask}; add it or remove the image")
+        pictures.append(Picture(_key(relative), str(image), str(mask)))
+    read_mask = functools.partial(
+        read_label_map,
+        num_classes=len(vocabulary),
+        first_value=recipe.first_value,
+        ignore=recipe.ignore,
+    )
+    return build_pictures(
+        recipe.options.out,
+        vocabulary,
+        pictures,
+        recipe.options,
+        read_mask=read_mask,
+        labels_only=recipe.labels_only,
+    )
+
+
+def build_classes(recipe: Classes) -> BuildReport:
+    images = [(path, path.relative_to(recipe.root)) for path in list_images(recipe.root)]
+    loose = [path for path, relative in images if len(relative.parts) < 2]
+    if loose:
+        raise ValueError(f"image {loose[0]} is in no class folder; move it into {recipe.root}/NAME")
+    names = sorted({relative.parts[0] for _, relative in images})
+    vocabulary = _vocabulary_of(names, recipe.classes, recipe.uids)
+    find = finder(vocabulary)
+    pictures = [
+        Picture(_key(relative), str(path), labels=(find(relative.parts[0], str(path)),))
+        for path, relative in images
+    ]
+    return build_pictures(recipe.options.out, vocabulary, pictures, recipe.options)
+
+
+def build_table(recipe: Table) -> BuildReport:
+    rows = read_table(recipe.table)
+    names = sorted({label for _, labels in rows for label in labels})
+    vocabulary = _vocabulary_of(names, recipe.classes, recipe.uids)
+    find = finder(vocabulary)
+    pictures = []
+    for file, labels in rows:
+        path = recipe.images / file
+        if not path.is_file():
+            raise ValueError(f"{recipe.table}: no image {path}; check --images")
+        ids = tuple(sorted({find(label, f"{recipe.table}, {file}") for label in labels}))
+        pictures.append(Picture(_key(Path(file)), str(path), labels=ids))
+    return build_pictures(recipe.options.out, vocabulary, pictures, recipe.options)
+
+
+def build_index_json(recipe: IndexJson) -> BuildReport:
+    content = read_json(recipe.index)
+    names = content.get("classes") or content.get("coco80_classes")
+    images = content.get("images")
+    if not names or not images:
+        raise ValueError(f'{recipe.index}: needs "classes" (or "coco80_classes") and "images"')
+    if recipe.split is not None:
+        images = [image for image in images if image.get("split") == recipe.split]
+    if recipe.listed_classes_only:
+        images = [image for image in images if image.get("coco80", 0) is not None]
+    if not images:
+        raise ValueError(f"{recipe.index}: no images of split {recipe.split!r}")
+    listed = fill_uids([Category(NO_UID, name) for name in names], recipe.uids, recipe.index)
+    categories = {category.uid: category for category in listed}
+    labels = []
+    for image in images:
+        if "labels" in image:
+            labels.append(tuple(listed[int(label)].uid for label in image["labels"]))
+            continue
+        own = _own_category(image) if image["coco80"] is None else listed[int(image["coco80"])]
+        categories.setdefault(own.uid, own)
+        labels.append((own.uid,))
+    if recipe.shuffle_labels is not None:
+        random.Random(recipe.shuffle_labels).shuffle(labels)
+    present = {uid for uids in labels for uid in uids}
+    kept = [item for item in categories.values() if item.uid in present]
+    vocabulary = Vocabulary(
+        tuple(kept if recipe.drop_empty_classes else categories.values()), str(recipe.index)
+    )
+    pictures = [_indexed(recipe, vocabulary, *pair) for pair in zip(images, labels, strict=True)]
+    if recipe.shuffle_labels is not None and any(picture.mask for picture in pictures):
+        raise ValueError(f"{recipe.index} has masks, whose labels --shuffle-labels cannot permute; "
+                         "add --labels-only")  # fmt: skip
+    read_mask = None
+    if not recipe.labels_only and any(picture.mask for picture in pictures):
+        table = {int(content.get("ignore", 255)): -1} | {
+            value: vocabulary.index(item.uid)
+            for value, item in enumerate(listed)
+            if item.uid in vocabulary
+        }
+        read_mask = functools.partial(read_by_table, table=table)
+    report = build_pictures(
+        recipe.options.out, vocabulary, pictures, recipe.options, read_mask=read_mask
+    )
+    _save_groups(content.get("proposal"), listed, recipe.options.out)
+    return report
+
+
+def _indexed(
+    recipe: IndexJson, vocabulary: Vocabulary, image: Mapping[str, Any], uids: Sequence[str]
+) -> Picture:
+    root = recipe.index.parent
+    file = root / "images" / image["file"] if (root / "images").is_dir() else root / image["file"]
+    mask = (root / "masks" / image["file"]).with_suffix(".png")
+    use_mask = mask.exists() and not recipe.labels_only
+    ids = tuple(sorted(vocabulary.index(uid) for uid in set(uids)))
+    key = _key(Path(image["file"]))
+    if use_mask:  # its pixels say which classes there are
+        return Picture(key, str(file), str(mask))
+    return Picture(key, str(file), labels=ids)
+
+
+def _save_groups(proposal: Any, listed: Sequence[Category], out: Path) -> None:
+    """The index's named groups of classes (base, novel ...) as uids, beside the shards."""
+    if isinstance(proposal, Mapping):
+        groups = {
+            name: [listed[index].uid for index in ids]
+            for name, ids in proposal.items()
+            if isinstance(ids, list)
+        }
+        write_atomically(out / "groups.json", json.dumps(groups, indent=1).encode())
+
+
+def _own_category(image: Mapping[str, Any]) -> Category:
+    """The class of an image outside the class list: its synset with all its names, or its name."""
+    name = str(image["name"]).replace("_", " ")
+    wnid = image.get("wnid")
+    if not wnid:
+        return Category(name_uid(name), name)
+    from timm.data import ImageNetInfo
+
+    lemmas = _imagenet_info(ImageNetInfo).get(wnid, "")
+    synonyms = [lemma.strip() for lemma in lemmas.split(",") if lemma.strip() not in ("", name)]
+    return Category(wnid, name, tuple(synonyms))
+
+
+@functools.cache
+def _imagenet_info(info: Any) -> dict[str, str]:
+    return dict(info("imagenet-21k-goog").label_descriptions(as_dict=True))
+
+
+def _vocabulary_of(names: Sequence[str], classes: Path | None, uids: Path | None) -> Vocabulary:
+    if classes:
+        return read_classes(classes, uids)
+    categories = [Category(name if _is_wnid(name) else NO_UID, name) for name in names]
+    return Vocabulary(tuple(fill_uids(categories, uids, Path("the folder names"))))
+
+
+def _is_wnid(name: str) -> bool:
+    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
+
+
+def read_table(path: Path) -> list[tuple[str, list[str]]]:
+    """(file, labels) of each image; ValueError naming the line that cannot be read."""
+    if path.suffix == ".json":
+        content = read_json(path)
+        pairs = content.items() if isinstance(content, dict) else content
+        return [(file, [labels] if isinstance(labels, str) else list(labels))
+                for file, labels in pairs]  # fmt: skip
+    rows = []
+    lines = read_bytes(path).decode().splitlines()
+    for number, row in enumerate(csv.reader(lines), start=1):
+        if not row or (number == 1 and row[0] in ("path", "file", "image")):
+            continue
+        if len(row) != 2:
+            raise ValueError(f"{path}, line {number}: expected path,label;label, found {row}")
+        rows.append((row[0], [label.strip() for label in row[1].split(";") if label.strip()]))
+    if not rows:
+        raise ValueError(f"{path}: no rows in it")
+    return rows
+
+
+def read_label_map(path: str, num_classes: int, first_value: int, ignore: tuple[int, ...]) -> Mask:
+    table = {first_value + local: local for local in range(num_classes)}
+    return map_values(read_pixels(path), table | dict.fromkeys(ignore, -1), path)
+
+
+def read_by_table(path: str, table: Mapping[int, int]) -> Mask:
+    return map_values(read_pixels(path), table, path)
+
+
+def _key(relative: Path) -> str:
+    return escape_key(str(relative.with_suffix("")))
+
+
+if __name__ == "__main__":
+    command_line(build, Recipe)

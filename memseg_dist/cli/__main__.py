@@ -1,0 +1,3 @@
+from memseg_dist.cli.main import main
+
+main()

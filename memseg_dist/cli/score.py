@@ -1,0 +1,168 @@
+"""`memseg eval`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from memseg_dist.batch import IGNORE
+from memseg_dist.cli.model import InferenceFlags, Model, ModelFlags, open_model
+from memseg_dist.config import RunConfig
+from memseg_dist.data.evalset import EvalDataset
+from memseg_dist.data.files import make_folder
+from memseg_dist.data.index import Index
+from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.evaluation.draw import draw_panels
+from memseg_dist.evaluation.evaluate import EvaluationResult, evaluate, evaluated_classes
+from memseg_dist.evaluation.metrics import EvaluatedClass
+from memseg_dist.evaluation.oracle import OracleResult, evaluate_oracle
+from memseg_dist.evaluation.predict import Inference
+from memseg_dist.train.validate import training_image_counts
+
+EVALUATED = "evaluated"
+"""Name of --data in the label space."""
+
+
+def score(
+    model: ModelFlags,
+    inference: InferenceFlags,
+    data: str | None = None,
+    out: Path | None = None,
+    panels: int = 0,
+    max_images: int | None = None,
+    processes: int = 0,
+    ignore_unknown: bool = False,
+    buckets: bool = False,
+    oracle: bool = False,
+    points: int = 1,
+    runs: int = 5,
+) -> None:
+    """Score a checkpoint on shards with masks: All / Base / Novel mIoU and a table per class.
+
+    Args:
+        data: Folder or URL of the shards; by default the run's own validation set.
+        out: Folder for scores.json, classes.txt and panels.
+        panels: How many pictures to draw as image | truth | prediction | attention, into --out.
+        max_images: Score the first so many images only.
+        processes: Loader processes.
+        ignore_unknown: Do not count pixels of classes that the model does not know.
+        buckets: Score head, common and tail classes too; reads the indexes of the training sets.
+        oracle: The exploratory experiment instead: which classes an image shows is given, and
+            random pixels of each are its prototypes.
+        points: Pixels per class of --oracle.
+        runs: Draws of --oracle.
+    """
+    if panels and out is None:
+        raise ValueError(f"--panels {panels} needs --out, the folder to write them to")
+    opened = open_model(model, with_memories=bool(panels))
+    settings = inference.resolved(opened.config)
+    dataset, classes = _evaluated(opened, data, settings, ignore_unknown, buckets)
+    result: EvaluationResult | OracleResult
+    if oracle:
+        result = evaluate_oracle(
+            opened.method,
+            dataset,
+            classes,
+            device=opened.device,
+            num_points=points,
+            num_runs=runs,
+            max_images=max_images,
+            num_processes=processes,
+        )
+    else:
+        result = evaluate(
+            opened.method,
+            dataset,
+            classes,
+            device=opened.device,
+            mode=settings.mode,
+            window=settings.window,
+            stride=settings.stride,
+            memory_bytes=settings.memory_bytes,
+            max_images=max_images,
+            num_processes=processes,
+        )
+    print(f"{model.checkpoint} (step {opened.step})\n{result.table()}")
+    if out is not None:
+        folder = make_folder(out)
+        (folder / "scores.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+        if isinstance(result, EvaluationResult):
+            (folder / "classes.txt").write_text(result.scores.class_table() + "\n")
+        _write_panels(opened, dataset, classes, settings, panels, folder)
+        print(f"written to {out}")
+
+
+def _evaluated(
+    model: Model, data: str | None, settings: Inference, ignore_unknown: bool, buckets: bool
+) -> tuple[EvalDataset, list[EvaluatedClass]]:
+    """The images to score, and the classes of their vocabulary with their group."""
+    config, space = model.config, model.label_space
+    validation = config.validation
+    base: Sequence[str] = ()
+    novel: Sequence[str] = ()
+    if data is None:
+        if validation is None:
+            raise ValueError("the run has no validation set; name one with --data")
+        path, name = validation.path, validation.name
+        base, novel = validation.base, validation.novel
+    else:
+        path, name = data, EVALUATED
+        space = _with_vocabulary(space, Index.open(data), ignore_unknown)
+    if not base and not novel:
+        base, novel = _groups(config, space, name)
+    counts = training_image_counts(config, space) if buckets else None
+    classes = evaluated_classes(space, name, base=base, novel=novel, training_images=counts)
+    return EvalDataset(path, space, name, resize=settings.resize), classes
+
+
+def _with_vocabulary(space: LabelSpace, index: Index, ignore_unknown: bool) -> LabelSpace:
+    """`space` with the classes of `index` as the source EVALUATED; unknown ones map to IGNORE."""
+    known, uids = space.vocabulary, index.vocabulary.uids
+    unknown = [uid for uid in uids if uid not in known]
+    if len(unknown) == len(uids) or (unknown and not ignore_unknown):
+        names = [index.vocabulary.names[index.vocabulary.index(uid)] for uid in unknown[:3]]
+        raise ValueError(
+            f"--data {index.root}: {len(unknown)} of its {len(uids)} classes are unknown to the "
+            f"model, such as {unknown[:3]} ({', '.join(names)}); give its vocabulary.json the uids "
+            "of the training sets, or leave those pixels out with --ignore-unknown"
+        )
+    ids = np.array([known.index(uid) if uid in known else IGNORE for uid in uids], dtype=np.int32)
+    return LabelSpace(known, {**space.to_union, EVALUATED: ids})
+
+
+def _groups(config: RunConfig, space: LabelSpace, name: str) -> tuple[list[str], list[str]]:
+    """Uids of the evaluated classes that had masks in training, and of those that had not."""
+    uids = space.vocabulary.uids
+    trained: set[str] = set()
+    for source in config.sources:
+        if source.supervision == "masks":
+            trained |= {uids[index] for index in space.classes(source.name)} - set(source.exclude)
+    tested = [uids[index] for index in space.classes(name) if index != IGNORE]
+    return [uid for uid in tested if uid in trained], [uid for uid in tested if uid not in trained]
+
+
+def _write_panels(
+    model: Model,
+    dataset: EvalDataset,
+    classes: list[EvaluatedClass],
+    settings: Inference,
+    num_panels: int,
+    folder: Path,
+) -> None:
+    drawn = draw_panels(
+        model.method,
+        dataset,
+        classes,
+        num_panels=num_panels,
+        device=model.device,
+        mode=settings.mode,
+        window=settings.window,
+        stride=settings.stride,
+    )
+    for number, item in enumerate(drawn):
+        name = "".join(letter if letter.isalnum() else "-" for letter in item.key)
+        Image.fromarray(item.image).save(folder / f"panel-{number:02d}-{name}.png")

@@ -1,0 +1,396 @@
+"""A run as one tree of frozen dataclasses: built by a job, shown by --help, kept in a checkpoint.
+
+Every class checks its own values when it is built; `RunConfig` checks what its parts say together.
+`to_json` and `from_json` are exact inverses, and an unknown key is an error that names its
+neighbours. Docstrings below a field are its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from memseg_dist import jsonable
+from memseg_dist.batch import derive_seed
+from memseg_dist.data.files import read_bytes
+from memseg_dist.data.loader import Source
+from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
+from memseg_dist.methods.classify import Classify, ClassifyConfig
+from memseg_dist.methods.larvseg import LarvSeg, LarvSegConfig
+from memseg_dist.methods.method import Method
+from memseg_dist.models.backbone import BackboneConfig, build_backbone
+from memseg_dist.models.cosine import CosineClassifier
+
+MethodConfig: TypeAlias = LarvSegConfig | ClassifyConfig
+"""Told apart by their field `kind`."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What to evaluate on, and how."""
+
+    path: str
+    """Directory or URL of the validation shards; every class of its vocabulary competes."""
+    name: str = "validation"
+    """Name of its vocabulary in the label space."""
+    mode: Literal["whole", "slide"] = "slide"
+    """One forward pass per image, or windows whose logits are averaged."""
+    resize: tuple[int, int] = (2048, 512)
+    """Longest and shortest side that an image is fitted to, aspect ratio kept."""
+    window: int = 512
+    """Side of a sliding window in pixels."""
+    stride: int = 512
+    """Step between windows in pixels."""
+    base: tuple[str, ...] = ()
+    """Class uids that had masks in training. Empty together with `novel`: only All is reported."""
+    novel: tuple[str, ...] = ()
+    """Class uids that never had a mask in training."""
+    max_images: int | None = None
+    """Evaluate on the first so many images only."""
+    num_panels: int = 4
+    """How many images are drawn as image | truth | prediction | attention."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "window", "stride", "max_images")
+        _check(min(self.resize) > 0, "validation.resize", self.resize, "two positive sides")
+        _check(self.num_panels >= 0, "validation.num_panels", self.num_panels, "0 or more")
+        if self.mode == "slide" and self.stride > self.window:
+            raise ValueError(
+                f"validation.stride {self.stride} is larger than validation.window {self.window}: "
+                "pixels between the windows would have no prediction; use stride <= window"
+            )
+        both = sorted(set(self.base) & set(self.novel))
+        _check(not both, "validation.novel", both, "uids that are not in validation.base too")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD or AdamW under a polynomial schedule, by step."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    """SGD only."""
+    weight_decay: float = 0.0
+    """Not applied to biases, norms and other tensors of fewer than two axes."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW only."""
+    power: float = 0.9
+    """lr(step) = (lr - min_lr) * (1 - step / steps) ** power + min_lr."""
+    min_lr: float = 1e-5
+    warmup_steps: int = 0
+    """The learning rate rises linearly over so many steps."""
+    clip_norm: float | None = None
+    """Gradients are scaled down to this global L2 norm."""
+    backbone_lr_scale: float = 1.0
+    """Learning rate of the parameters under `backbone.`, relative to the others."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr", "clip_norm")
+        _not_negative(
+            self, "momentum", "weight_decay", "power", "min_lr", "warmup_steps", "backbone_lr_scale"
+        )
+        _check(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"at most lr ({self.lr})")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What computes gradients and holds the optimizer."""
+
+    kind: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: int = 0
+    """DeepSpeed: 0 replicates, 1 splits the optimizer's state over the workers, 2 gradients too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products under autocast; weights, gradients and banks stay fp32."""
+    activation_checkpointing: bool = False
+    """Recompute the backbone's activations in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage == 3:
+            raise ValueError(
+                "engine.zero_stage 3 is not supported: it leaves every worker with a part of each "
+                "weight, while the class statistics, evaluation and world-size-free checkpoints "
+                "read whole weights; use 2, which splits gradients and optimizer state"
+            )
+        _check(self.zero_stage in (0, 1, 2), "engine.zero_stage", self.zero_stage, "0, 1 or 2")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Where the workers run."""
+
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: a Ray cluster, or one started here; local: plain processes on this machine."""
+    workers: int | tuple[int, int] = 1
+    """How many workers, or (min, max) for an elastic run. At most as many as there are slots."""
+    cpus_per_worker: int = 1
+    use_gpu: bool | None = None
+    """One GPU per worker; by default if there is a GPU."""
+    address: str | None = None
+    """Address of a running Ray cluster; by default the one that the environment names, or none."""
+    max_failures: int = 3
+    """How often a failed group of workers is restarted from the last checkpoint; -1: always."""
+
+    def __post_init__(self) -> None:
+        low, high = self.workers_range
+        _check(1 <= low <= high, "launch.workers", self.workers, "1 or more, as n or (min, max)")
+        _positive(self, "cpus_per_worker")
+        _check(self.max_failures >= -1, "launch.max_failures", self.max_failures, "-1 or more")
+
+    @property
+    def workers_range(self) -> tuple[int, int]:
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where figures and pictures go. A tracking failure never stops training."""
+
+    kind: Literal["mlflow", "console", "none"] = "mlflow"
+    uri: str | None = None
+    """MLflow tracking URI; by default sqlite:///STORAGE/mlflow.db."""
+    experiment: str = "memseg-dist"
+    system_metrics: bool = True
+    """Log CPU, memory and GPU use of the machine as well."""
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples are read; changes nothing in what is read."""
+
+    processes: int = 2
+    """Loader processes per worker; 0 reads in the worker itself."""
+    cache_dir: str | None = None
+    """Directory of the shard and index cache; by default STORAGE/cache."""
+    cache_bytes: int = 32 * 2**30
+    """The cache forgets the least recently used shards above this size."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "processes")
+        _positive(self, "cache_bytes")
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often something happens, in steps. What has an interval also happens after the last."""
+
+    log: int = 50
+    evaluate: int = 5000
+    checkpoint: int = 1000
+    keep_checkpoints: int = 3
+    """Older checkpoints are deleted."""
+    poll: int = 10
+    """How often the workers ask whether to stop (preemption, SIGTERM)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "log", "evaluate", "checkpoint", "keep_checkpoints", "poll")
+
+
+@dataclass(frozen=True)
+class Relabelling:
+    """Renames classes of one source before the vocabularies are joined."""
+
+    source: str
+    path: str
+    """JSON file {local uid: {"uid": ..., "name": ..., "synonyms": [...]}}."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    name: str
+    """Files go to STORAGE/NAME; starting the same name again resumes it."""
+    storage: str
+    """Directory, or fsspec URL (s3://bucket/runs), that every worker can reach."""
+    sources: tuple[Source, ...]
+    """Data sources with their slots; a step is one micro-batch of every slot."""
+    method: MethodConfig
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    validation: ValidationConfig | None = None
+    seed: int = 0
+    steps: int = 320_000
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    every: Intervals = field(default_factory=Intervals)
+    relabel: tuple[Relabelling, ...] = ()
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: from the newest whole checkpoint, if any; never: refuse a run directory that has one;
+    must: refuse a run directory that has none."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps")
+        _check(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
+        _check(bool(self.sources), "sources", self.sources, "at least one source")
+        names = [source.name for source in self.sources]
+        _check(len(set(names)) == len(names), "sources", names, "sources of different names")
+        scored = [self.validation.name] if self.validation else []
+        unknown = sorted({relabel.source for relabel in self.relabel} - {*names, *scored})
+        _check(not unknown, "relabel", unknown, f"sources of this run: {names + scored}")
+        workers = self.launch.workers_range[1]
+        if workers > self.num_slots:
+            raise ValueError(
+                f"launch.workers {workers} is more than the {self.num_slots} slots of the sources "
+                f"{names}: a worker without a slot would have nothing to do. Use at most "
+                f"{self.num_slots} workers, or give a source more slots"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        return sum(source.slots for source in self.sources)
+
+    @property
+    def directory(self) -> str:
+        """Directory or URL that holds everything this run writes."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    @property
+    def cache_directory(self) -> str:
+        if self.loader.cache_dir is None and "://" in self.storage:
+            raise ValueError(
+                f"storage {self.storage} is a URL, which cannot hold the shard cache; "
+                "set loader.cache_dir to a local directory"
+            )
+        return self.loader.cache_dir or f"{self.storage.rstrip('/')}/cache"
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """`config` with every relative path made absolute: workers have another working directory."""
+    validation, cache_dir = config.validation, config.loader.cache_dir
+    weights, replace = config.backbone.pretrained, dataclasses.replace
+    if weights not in ("", "hub"):
+        weights = _absolute(weights)
+    return replace(
+        config,
+        storage=_absolute(config.storage),
+        sources=tuple(replace(source, path=_absolute(source.path)) for source in config.sources),
+        backbone=replace(config.backbone, pretrained=weights),
+        validation=validation and replace(validation, path=_absolute(validation.path)),
+        loader=replace(config.loader, cache_dir=cache_dir and _absolute(cache_dir)),
+        relabel=tuple(replace(item, path=_absolute(item.path)) for item in config.relabel),
+    )
+
+
+def build_label_space(config: RunConfig) -> LabelSpace:
+    """The union of the sources' vocabularies, then that of the validation set."""
+    paths = {source.name: source.path for source in config.sources}
+    if config.validation is not None:
+        if config.validation.name in paths:
+            raise ValueError(
+                f"validation.name {config.validation.name!r} is the name of a source too; "
+                "rename one of them"
+            )
+        paths[config.validation.name] = config.validation.path
+    vocabularies = {
+        name: Vocabulary.load(f"{path.rstrip('/')}/vocabulary.json") for name, path in paths.items()
+    }
+    relabel = {item.source: _read_relabelling(item.path) for item in config.relabel}
+    return LabelSpace.union(vocabularies, relabel)
+
+
+def _read_relabelling(path: str) -> dict[str, Category]:
+    try:
+        value = json.loads(read_bytes(path))
+        return {
+            uid: Category(new["uid"], new["name"], tuple(new.get("synonyms", ())))
+            for uid, new in value.items()
+        }
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"relabelling {path}: {error!r}; it must be a JSON object "
+            '{local uid: {"uid": ..., "name": ..., "synonyms": [...]}}'
+        ) from error
+
+
+def build_method(
+    config: RunConfig, label_space: LabelSpace, device: torch.device | str = "cpu"
+) -> Method:
+    """The method with fresh weights, a pure function of the seed, on `device`."""
+    kept = {source.name: _is_kept(source, label_space) for source in config.sources}
+    classes = {name: label_space.classes(name)[mask] for name, mask in kept.items()}
+    multiplicity = {name: label_space.multiplicity(name)[mask] for name, mask in kept.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        backbone = build_backbone(config.backbone)
+        if isinstance(config.method, ClassifyConfig):
+            method: Method = Classify(
+                backbone, config.method, num_classes=len(label_space), classes=classes
+            )
+        else:
+            masked = [source.name for source in config.sources if source.supervision == "masks"]
+            method = LarvSeg(
+                backbone,
+                CosineClassifier(len(label_space), backbone.dim),  # type: ignore[arg-type]
+                config.method,
+                classes=classes,
+                multiplicity={name: multiplicity[name] for name in masked},
+                base_classes=sorted({int(index) for name in masked for index in classes[name]}),
+                num_slots=config.num_slots,
+                device=device,
+            )
+    backbone.set_activation_checkpointing(config.engine.activation_checkpointing)
+    return method.to(device)
+
+
+def _is_kept(source: Source, label_space: LabelSpace) -> np.ndarray:
+    """Which of the source's classes take part: an excluded one must not even be a negative."""
+    excluded = [label_space.vocabulary.index(uid) for uid in source.exclude]
+    return ~np.isin(label_space.classes(source.name), excluded)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON values."""
+    return jsonable.encode(config)
+
+
+def from_dict(value: Any, where: str = "config") -> RunConfig:
+    """The inverse of `to_dict`. ValueError naming `where`, the dotted key and the known ones."""
+    return jsonable.decode(RunConfig, value, where)
+
+
+def to_json(config: RunConfig) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config") -> RunConfig:
+    """The inverse of `to_json`; `where` is the file to name in errors."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    return from_dict(value, where)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().resolve())
+
+
+def _check(fine: bool, key: str, value: Any, wanted: str) -> None:
+    if not fine:
+        raise ValueError(f"{key} is {value!r}; it must be {wanted}")
+
+
+def _positive(config: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _check(value is None or value > 0, _dotted(config, key), value, "above 0")
+
+
+def _not_negative(config: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _check(value >= 0, _dotted(config, key), value, "0 or more")
+
+
+def _dotted(config: Any, key: str) -> str:
+    section = type(config).__name__.removesuffix("Config").lower()
+    return key if section == "run" else f"{section.replace('intervals', 'every')}.{key}"

@@ -1,0 +1,95 @@
+"""Bytes of a shard's member to tensors. An allow-list: images by Pillow, labels by JSON, no pickle.
+
+Shape letters: H x W pixels as stored. An EXIF rotation is not applied, so that images and masks
+stay paired.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from memseg_dist.batch import IGNORE
+
+IMAGE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+MASK_EXTENSION = "mask.png"
+MASK_IGNORE = 65535
+PICKLE_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"})
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
+
+
+class CorruptSample(ValueError):
+    """A member that cannot be decoded; the text says which (path, shard, key) and why."""
+
+
+def open_image(content: bytes, image_format: str) -> Image.Image:
+    """The image with only its header read; CorruptSample unless it is what it says it is."""
+    if image_format not in IMAGE_FORMATS:
+        raise CorruptSample(
+            f"image format {image_format!r} is not allowed; known are {sorted(IMAGE_FORMATS)}"
+        )
+    expected = IMAGE_FORMATS[image_format]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content), formats=[expected])
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorruptSample(f"not a readable {expected} image ({error})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise CorruptSample(
+            f"image of {image.width} x {image.height} pixels is above the limit of {MAX_PIXELS}"
+        )
+    return image
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise CorruptSample(f"{image.format} data is damaged or cut short ({error})") from error
+
+
+def decode_image(content: bytes, image_format: str) -> Tensor:
+    """uint8 [3, H, W], RGB."""
+    image = open_image(content, image_format)
+    if image.mode.startswith("I") or image.mode == "F":
+        raise CorruptSample(f"image has mode {image.mode!r}; store 8 bits per channel")
+    _load(image)
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def decode_mask(content: bytes) -> Tensor:
+    """int32 [H, W] of local class ids, IGNORE where the file says 65535."""
+    image = open_image(content, "png")
+    if image.mode not in ("I;16", "I;16B", "I"):
+        raise CorruptSample(
+            f"mask has mode {image.mode!r}; it must be a 16-bit grey PNG with {MASK_IGNORE} for "
+            "unknown pixels"
+        )
+    _load(image)
+    mask = np.array(image).astype(np.int32)
+    mask[mask == MASK_IGNORE] = IGNORE
+    return torch.from_numpy(mask)
+
+
+def encode_mask(mask: NDArray[np.uint16]) -> bytes:
+    """uint16 [H, W] -> 16-bit grey PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def decode_json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise CorruptSample(f"not JSON ({error})") from error

@@ -1,0 +1,64 @@
+"""Samples of a split with masks, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from memseg_dist.data.augment import fitted_size, resize_image
+from memseg_dist.data.cache import DEFAULT_CACHE_BYTES, ShardCache
+from memseg_dist.data.files import default_cache
+from memseg_dist.data.index import Index
+from memseg_dist.data.reader import Reader
+from memseg_dist.data.source import Source, check_source, known_mask
+from memseg_dist.data.vocabulary import LabelSpace
+
+
+class EvalItem(NamedTuple):
+    """image uint8 [3, h, w], resized; truth int64 [H, W] in label-space ids at the stored size."""
+
+    image: Tensor
+    truth: Tensor
+    key: str
+    labels: tuple[int, ...]
+
+
+class EvalDataset(Dataset[EvalItem]):
+    """A split with masks for evaluation, in the index's order or at `indices`.
+
+    resize: (long, short) that images are made to fit, keeping their ratio; None = as stored.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        label_space: LabelSpace,
+        source_name: str,
+        resize: tuple[int, int] | None = (2048, 512),
+        indices: Sequence[int] | None = None,
+        *,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        cache = Path(cache_dir or default_cache())
+        source = Source(source_name, str(path), "masks")
+        self.index = Index.open(path, cache)
+        to_union = label_space.ids(source_name)
+        check_source(source, self.index, len(to_union))
+        self._indices = range(len(self.index)) if indices is None else list(indices)
+        self._reader = Reader(self.index, ShardCache(cache / "shards", cache_bytes), to_union)
+        self._resize = resize
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, number: int) -> EvalItem:
+        row = self._indices[number]
+        image, mask, labels = self._reader.read(row, with_mask=True)
+        if self._resize is not None:
+            image = resize_image(image, fitted_size(image.shape[1], image.shape[2], self._resize))
+        return EvalItem(image, known_mask(mask).long(), self.index.key(row), labels)

@@ -1,0 +1,201 @@
+"""A data set's index, memory-mapped: what a row costs is disk, not RAM.
+
+`index.parquet` is copied once, row group by row group, into one flat file per column in the cache
+folder. Every process maps the same files, so 14 million rows cost a process what it touches.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from memseg_dist.batch import derive_seed
+from memseg_dist.data import files, foreign
+from memseg_dist.data.columns import FACTS_NAME, FIXED_COLUMNS, LAYOUT, Facts, convert
+from memseg_dist.data.schema import FORMAT_CODES, INDEX_NAME, VOCABULARY_NAME
+from memseg_dist.data.vocabulary import Vocabulary
+
+
+class Row(NamedTuple):
+    """One sample: where its members lie (mask_size 0 = no mask) and its local labels."""
+
+    key: str
+    shard: str
+    image_offset: int
+    image_size: int
+    image_format: str
+    mask_offset: int
+    mask_size: int
+    width: int
+    height: int
+    labels: tuple[int, ...]
+
+
+class Index:
+    """The rows of one data set split, sorted by shard. `Index.open` makes one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._facts = Facts(**json.loads((folder / FACTS_NAME).read_text()))
+
+    def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
+        return Index, (self._folder,)  # another process maps the files again
+
+    @classmethod
+    def open(cls, root: str | Path, cache_dir: str | Path | None = None) -> Index:
+        """The index of `root`, a local folder or an fsspec URL.
+
+        Shards without an index (made by others) are indexed first, into `root` if it is writable.
+        """
+        root_text = files.check_path(root)
+        local = files.local_path(root_text)
+        root_text = str(local.resolve()) if local is not None else root_text
+        cache = files.make_folder(Path(cache_dir or files.default_cache()) / "index")
+        index_path = files.join(root_text, INDEX_NAME)
+        if not files.exists(index_path):
+            index_path = foreign.index_on_first_use(root_text, cache)
+        folder = cache / f"{derive_seed(index_path, *_fingerprint(index_path), LAYOUT):016x}"
+        if not folder.exists():
+            with files.locked(folder.with_suffix(".lock")):
+                if not folder.exists():
+                    convert(index_path, root_text, folder)
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return self._facts.num_rows
+
+    @property
+    def root(self) -> str:
+        return self._facts.root
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self._facts.vocabulary)
+
+    @property
+    def parquet(self) -> str:
+        """The path or URL of the Parquet index that this one was made from."""
+        return self._facts.vocabulary.removesuffix(VOCABULARY_NAME) + INDEX_NAME
+
+    @property
+    def shard_names(self) -> list[str]:
+        """Paths relative to `root`, or whole paths where the index lies elsewhere."""
+        return self._facts.shard_names
+
+    @cached_property
+    def shard_sizes(self) -> NDArray[np.int64]:
+        """Samples per shard."""
+        return np.array(self._facts.shard_sizes, dtype=np.int64)
+
+    @cached_property
+    def shard_starts(self) -> NDArray[np.int64]:
+        """[num_shards + 1]: the first row of each shard, then the number of rows."""
+        return np.concatenate([[0], np.cumsum(self.shard_sizes)])
+
+    @property
+    def num_masks(self) -> int:
+        """How many samples have a mask."""
+        return self._facts.num_masks
+
+    @property
+    def max_label(self) -> int:
+        """The highest local label, -1 if no sample has one."""
+        return self._facts.max_label
+
+    @cached_property
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        rows = {name: self._map(name, dtype, len(self)) for name, dtype in FIXED_COLUMNS.items()}
+        return rows | {"image_format": self._map("image_format", np.uint8, len(self))}
+
+    @cached_property
+    def _key_offsets(self) -> NDArray[np.int64]:
+        return self._map("key_offsets", np.int64, len(self) + 1)
+
+    @cached_property
+    def _key_bytes(self) -> NDArray[np.uint8]:
+        return self._map("key_bytes", np.uint8, self._facts.key_bytes)
+
+    @cached_property
+    def labels_offsets(self) -> NDArray[np.int64]:
+        """[rows + 1]: row i's labels are labels_values[labels_offsets[i]:labels_offsets[i + 1]]."""
+        return self._map("labels_offsets", np.int64, len(self) + 1)
+
+    @cached_property
+    def labels_values(self) -> NDArray[np.int32]:
+        return self._map("labels_values", np.int32, self._facts.num_labels)
+
+    def _map(self, name: str, dtype: Any, size: int) -> NDArray[Any]:
+        if size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype=dtype)
+        return np.memmap(self._folder / name, dtype=dtype, mode="r", shape=(size,)).view(np.ndarray)
+
+    def row(self, number: int) -> Row:
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.root}: row {number} of {len(self)}")
+        columns = self._columns
+        shard = int(np.searchsorted(self.shard_starts, number, side="right")) - 1
+        return Row(
+            key=self.key(number),
+            shard=self.shard_names[shard],
+            image_offset=int(columns["image_offset"][number]),
+            image_size=int(columns["image_size"][number]),
+            image_format=FORMAT_CODES[columns["image_format"][number]],
+            mask_offset=int(columns["mask_offset"][number]),
+            mask_size=int(columns["mask_size"][number]),
+            width=int(columns["width"][number]),
+            height=int(columns["height"][number]),
+            labels=self.labels(number),
+        )
+
+    def key(self, number: int) -> str:
+        first, last = self._key_offsets[number : number + 2]
+        return self._key_bytes[first:last].tobytes().decode()
+
+    def labels(self, number: int) -> tuple[int, ...]:
+        first, last = self.labels_offsets[number : number + 2]
+        return tuple(self.labels_values[first:last].tolist())
+
+    def class_image_counts(self, num_classes: int) -> NDArray[np.int64]:
+        """int64 [num_classes]: how many images carry each local label."""
+        counts = np.zeros(num_classes, dtype=np.int64)
+        for first in range(0, len(self.labels_values), 1 << 20):
+            counts += np.bincount(self.labels_values[first : first + (1 << 20)], None, num_classes)
+        return counts
+
+    def check_shards(self) -> None:
+        """ValueError if a local shard is missing or shorter than its index says."""
+        columns = self._columns
+        for name, last in zip(self.shard_names, self.shard_starts[1:] - 1, strict=True):
+            path = files.local_path(files.join(self.root, name))
+            if path is None:
+                continue
+            if not path.exists():
+                raise ValueError(
+                    f"shard {path} is missing although {self.parquet} lists it; restore it or "
+                    "write the data set again"
+                )
+            ends = [columns[f"{part}_offset"][last] + columns[f"{part}_size"][last]
+                    for part in ("image", "mask")]  # fmt: skip
+            if path.stat().st_size < max(ends):
+                raise ValueError(
+                    f"shard {path} is cut short: {path.stat().st_size} bytes, but sample "
+                    f"{self.row(int(last)).key!r} ends at byte {max(ends)}; copy or write it again"
+                )
+
+
+def _fingerprint(path: str) -> list[str]:
+    """What changes when the file changes."""
+    local = files.local_path(path)
+    if local is not None:
+        status = local.stat()
+        return [str(status.st_size), str(status.st_mtime_ns)]
+    filesystem, remote = fsspec.core.url_to_fs(path)
+    info = filesystem.info(remote)
+    names = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+    return [f"{name}={info[name]}" for name in names if name in info]

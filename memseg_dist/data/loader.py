@@ -1,0 +1,191 @@
+"""Batches for training.
+
+A global step is all S slots, each a micro-batch of one source; a rank runs a contiguous range of
+them. What a slot holds at a step is a pure function of (sources, seed, step, slot): not of the
+rank, the number of workers or of loader processes, and not of where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from memseg_dist.batch import Batch, Clock, derive_seed
+from memseg_dist.data.cache import DEFAULT_CACHE_BYTES
+from memseg_dist.data.evalset import EvalDataset, EvalItem
+from memseg_dist.data.files import default_cache
+from memseg_dist.data.order import BlockedOrder, Draw, repeat_factors
+from memseg_dist.data.source import Source, SourceReader
+from memseg_dist.data.vocabulary import LabelSpace
+
+__all__ = ["EvalDataset", "EvalItem", "SlotPlan", "Source", "TrainLoader", "slots_of"]
+
+
+class SlotPlan(NamedTuple):
+    """A slot that a rank runs; idle = a repeat with weight 0 that keeps the collectives in step."""
+
+    slot: int
+    idle: bool
+
+
+def slots_of(rank: int, world_size: int, num_slots: int) -> list[SlotPlan]:
+    """Rank's slots, ceil(num_slots / world_size) of them on every rank."""
+    if world_size > num_slots:
+        raise ValueError(
+            f"{world_size} workers for {num_slots} slots: every worker needs at least one slot; "
+            f"run at most {num_slots} workers or give the sources more slots"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size} workers")
+    own = range(rank * num_slots // world_size, (rank + 1) * num_slots // world_size)
+    plans = [SlotPlan(slot, False) for slot in own]
+    longest = -(-num_slots // world_size)
+    return plans + [SlotPlan(own[0], True)] * (longest - len(plans))
+
+
+class _Request(NamedTuple):
+    """A batch to make: all that a loader process needs to know."""
+
+    source: int
+    draws: list[Draw]
+
+
+class _Requests(Sampler[_Request]):
+    """The requests of `slots` at the steps in `span`, drawn as they are needed."""
+
+    def __init__(self, readers: Sequence[SourceReader], seed: int, slots: Sequence[int]) -> None:
+        self.slots = slots
+        self.span = range(0)
+        self._sources = [reader.source for reader in readers]
+        self._orders = [_order(reader, seed) for reader in readers]
+        self._places = _places(self._sources)
+
+    def __iter__(self) -> Iterator[_Request]:
+        for step in self.span:
+            for slot in self.slots:
+                yield self._request(step, slot)
+
+    def _request(self, step: int, slot: int) -> _Request:
+        number, slot_of_source = self._places[slot]
+        source = self._sources[number]
+        draws = self._orders[number].slot_samples(
+            step, slot_of_source, source.slots, source.batch_per_slot
+        )
+        return _Request(number, draws)
+
+    def __len__(self) -> int:
+        return len(self.span) * len(self.slots)
+
+
+def _places(sources: Sequence[Source]) -> list[tuple[int, int]]:
+    """Per slot: (its source, which of that source's slots it is)."""
+    return [(number, slot) for number, source in enumerate(sources) for slot in range(source.slots)]
+
+
+def _order(reader: SourceReader, seed: int) -> BlockedOrder:
+    source, index = reader.source, reader.index
+    repeats = None
+    if source.repeat_threshold is not None:
+        repeats = repeat_factors(index, source.repeat_threshold)
+    order_seed = derive_seed(seed, "order", source.name)
+    order = BlockedOrder(index.shard_sizes, order_seed, source.group, repeats)
+    if len(order) < source.slots:
+        raise ValueError(
+            f"source {source.name!r} at {source.path}: {len(order)} samples cannot fill "
+            f"{source.slots} slots; give it fewer slots"
+        )
+    return order
+
+
+class _Batches(Dataset[Batch]):
+    """Indexed by _Request, not by a number."""
+
+    def __init__(self, readers: list[SourceReader]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, request: _Request) -> Batch:
+        return self._readers[request.source].batch(request.draws)
+
+
+class TrainLoader:
+    """This rank's micro-batches, step by step.
+
+    num_processes: loader processes of this rank, 0 = load in this one. cache_bytes bounds the
+    machine's copy of remote shards; local paths are read in place.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        label_space: LabelSpace,
+        *,
+        seed: int,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        num_processes: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        names = [source.name for source in sources]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"sources {names}: at least one is needed, each with its own name")
+        self.sources = tuple(sources)
+        self.seed = seed
+        self.plan = slots_of(rank, world_size, self.num_slots)
+        cache = Path(cache_dir or default_cache())
+        readers = [SourceReader(item, label_space, seed, cache, cache_bytes) for item in sources]
+        own_slots = [slot for slot, idle in self.plan if not idle]
+        # It does not know this loader: a cycle would delay the end of the loader processes.
+        self._requests = _Requests(readers, seed, own_slots)
+        self._loader: DataLoader[Batch] = DataLoader(
+            _Batches(readers),
+            batch_size=None,
+            sampler=self._requests,
+            collate_fn=_unchanged,
+            num_workers=num_processes,
+            persistent_workers=num_processes > 0,
+            # Forking a process that runs gloo, NCCL or Ray threads can deadlock.
+            multiprocessing_context=_context() if num_processes else None,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # or each pass would draw from the global one
+        )
+
+    @property
+    def num_slots(self) -> int:
+        return sum(source.slots for source in self.sources)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Images of a global step, over all slots."""
+        return sum(source.slots * source.batch_per_slot for source in self.sources)
+
+    def steps(self, start_step: int, stop_step: int) -> Iterator[list[tuple[Batch, Clock]]]:
+        """This rank's micro-batches of steps [start_step, stop_step).
+
+        An idle slot comes last and is its batch again. One iterator at a time.
+        """
+        self._requests.span = range(start_step, stop_step)
+        batches = iter(self._loader)
+        for step in range(start_step, stop_step):
+            made = {slot: next(batches) for slot in self._requests.slots}
+            yield [
+                (made[slot], Clock(step, slot, self.num_slots, idle, self.seed))
+                for slot, idle in self.plan
+            ]
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _context() -> BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context

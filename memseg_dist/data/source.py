@@ -1,0 +1,174 @@
+"""A data set's part in a run: how its samples become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memseg_dist.batch import IGNORE, Batch, Supervision, derive_seed
+from memseg_dist.data.augment import AugmentConfig, Augmented, augment
+from memseg_dist.data.cache import ShardCache
+from memseg_dist.data.decode import CorruptSample
+from memseg_dist.data.index import Index
+from memseg_dist.data.order import Draw
+from memseg_dist.data.reader import Reader
+from memseg_dist.data.vocabulary import LabelSpace
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set in a run and how its samples become batches.
+
+    name: its key in the label space. path: a folder or fsspec URL with shards.
+    supervision: "masks" (every sample has one), "labels" (image labels only) or "none".
+    labels_from: "index" = the labels of the whole image; "crop" = the classes in the augmented
+    crop's mask at half its size, as LarvSeg does with ADE20K.
+    hide_mask: use masks for nothing but `labels_from="crop"`, not even for choosing the crop.
+    exclude: label-space uids whose pixels become IGNORE and whose labels are dropped.
+    repeat_threshold: class-balanced order, see `order.repeat_factors`. group: shards that are
+    shuffled together. on_corrupt: "skip" blanks a sample that cannot be read and counts it.
+    """
+
+    name: str
+    path: str
+    supervision: Supervision
+    slots: int = 1
+    batch_per_slot: int = 2
+    augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 (frozen)
+    labels_from: Literal["index", "crop"] = "index"
+    hide_mask: bool = False
+    exclude: tuple[str, ...] = ()
+    repeat_threshold: float | None = None
+    group: int = 16
+    on_corrupt: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for name in ("slots", "batch_per_slot", "group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"source {self.name!r}: {name} is {getattr(self, name)}, not >= 1")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"source {self.name!r}: {name} is {getattr(self, name)!r}; choose of {known}"
+                )
+        if self.supervision == "masks" and self.hide_mask:
+            raise ValueError(
+                f"source {self.name!r}: supervision 'masks' with hide_mask; use 'labels' or 'none'"
+            )
+
+
+_CHOICES = {
+    "supervision": ("masks", "labels", "none"),
+    "labels_from": ("index", "crop"),
+    "on_corrupt": ("raise", "skip"),
+}
+
+
+class SourceReader:
+    """Makes the batches of one source."""
+
+    def __init__(
+        self, source: Source, label_space: LabelSpace, seed: int, cache_dir: Path, cache_bytes: int
+    ) -> None:
+        self.source = source
+        self.index = Index.open(source.path, cache_dir)
+        to_union = label_space.ids(source.name)
+        check_source(source, self.index, len(to_union))
+        excluded = [_excluded_id(uid, source, label_space) for uid in source.exclude]
+        kept = np.where(np.isin(to_union, excluded), IGNORE, to_union).astype(np.int32)
+        self._reader = Reader(self.index, ShardCache(cache_dir / "shards", cache_bytes), kept)
+        self._seed = seed
+
+    def batch(self, draws: Sequence[Draw]) -> Batch:
+        source = self.source
+        crops, labels, keys, skipped = [], [], [], 0
+        for draw in draws:
+            key = self.index.key(draw.row)
+            try:
+                crop, present = self._sample(draw, key)
+            except CorruptSample:
+                if source.on_corrupt == "raise":
+                    raise
+                crop, present = _blank(source.augment.crop), ()
+                skipped += 1
+            crops.append(crop)
+            labels.append(present)
+            keys.append(key)
+        masks = None
+        if source.supervision == "masks":
+            masks = torch.stack([known_mask(crop.mask) for crop in crops]).long()
+        return Batch(
+            images=torch.stack([crop.image for crop in crops]),
+            valid=torch.stack([crop.valid for crop in crops]),
+            masks=masks,
+            labels=tuple(labels),
+            source=source.name,
+            supervision=source.supervision,
+            keys=tuple(keys),
+            skipped=skipped,
+        )
+
+    def _sample(self, draw: Draw, key: str) -> tuple[Augmented, tuple[int, ...]]:
+        source = self.source
+        from_crop = source.labels_from == "crop"
+        with_mask = not source.hide_mask or from_crop
+        image, mask, labels = self._reader.read(draw.row, with_mask)
+        seed = derive_seed(self._seed, "augment", draw.epoch, key, *_again(draw))
+        crop = augment(image, mask, source.augment, seed, crop_by_mask=not source.hide_mask)
+        if source.supervision == "none":
+            return crop, ()
+        return crop, classes_at_half_size(known_mask(crop.mask)) if from_crop else labels
+
+
+def _again(draw: Draw) -> tuple[int, ...]:
+    """So that a repeat within an epoch is augmented in its own way."""
+    return (draw.copy,) if draw.copy else ()
+
+
+def known_mask(mask: Tensor | None) -> Tensor:
+    assert mask is not None, "check_source lets no sample without a mask come here"
+    return mask
+
+
+def classes_at_half_size(mask: Tensor) -> tuple[int, ...]:
+    """The classes of an int [H, W] mask after nearest down-sampling to H/2 x W/2, ascending."""
+    present = mask[::2, ::2].unique()
+    return tuple(present[present != IGNORE].tolist())
+
+
+def _blank(crop: int) -> Augmented:
+    mask = torch.full((crop, crop), IGNORE, dtype=torch.int32)
+    valid = torch.zeros(crop, crop, dtype=torch.bool)
+    return Augmented(torch.zeros(3, crop, crop, dtype=torch.uint8), valid, mask)
+
+
+def check_source(source: Source, index: Index, num_classes: int) -> None:
+    where = f"source {source.name!r} at {source.path}"
+    if len(index) == 0:
+        raise ValueError(f"{where} has no samples; check the path or write the data set again")
+    if index.max_label >= num_classes:
+        raise ValueError(
+            f"{where}: label {index.max_label} is outside the vocabulary of {num_classes} classes; "
+            "use the vocabulary.json that was written with the shards"
+        )
+    needs = source.supervision == "masks" or source.labels_from == "crop"
+    if needs and index.num_masks < len(index):
+        raise ValueError(
+            f"{where}: {len(index) - index.num_masks} of {len(index)} samples have no mask, which "
+            f"supervision {source.supervision!r} with labels_from {source.labels_from!r} needs"
+        )
+    index.check_shards()
+
+
+def _excluded_id(uid: str, source: Source, label_space: LabelSpace) -> int:
+    try:
+        return label_space.vocabulary.index(uid)
+    except KeyError as error:
+        raise ValueError(f"source {source.name!r}, exclude: {error.args[0]}") from error

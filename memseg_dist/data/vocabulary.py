@@ -1,0 +1,255 @@
+"""Class lists and the label space that several of them share.
+
+A class is its uid (a WordNet synset where there is one); names are for people. Local ids count the
+classes of one data set from 0, label-space ids count the classes of the union.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memseg_dist.data.files import read_bytes, write_atomically
+
+VOCABULARY_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class: a stable uid, the name to show, other names of the same thing."""
+
+    uid: str
+    name: str
+    synonyms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "synonyms", tuple(self.synonyms))
+        if not (isinstance(self.uid, str) and self.uid and isinstance(self.name, str)):
+            raise ValueError(
+                f"category with uid {self.uid!r} and name {self.name!r}: both must be text and the "
+                "uid must not be empty"
+            )
+
+    def spellings(self) -> set[str]:
+        """All names, with case, '_' and '-' levelled, for telling whether two mean the same."""
+        return {
+            " ".join(text.casefold().replace("_", " ").replace("-", " ").split())
+            for text in (self.name, *self.synonyms)
+        }
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The classes of a data set; a class's local id is its position. `origin` is for messages."""
+
+    categories: tuple[Category, ...]
+    origin: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "categories", tuple(self.categories))
+        seen: dict[str, int] = {}
+        for local, category in enumerate(self.categories):
+            if category.uid in seen:
+                raise ValueError(
+                    f"vocabulary {self._where}: uid {category.uid!r} is given twice, as class "
+                    f"{seen[category.uid]} and as class {local}; give every class its own uid "
+                    "(LabelSpace.union(relabel=...) merges classes)"
+                )
+            seen[category.uid] = local
+
+    @property
+    def _where(self) -> str:
+        return self.origin or "in memory"
+
+    def __len__(self) -> int:
+        return len(self.categories)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(category.name for category in self.categories)
+
+    @cached_property
+    def uids(self) -> tuple[str, ...]:
+        return tuple(category.uid for category in self.categories)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {uid: local for local, uid in enumerate(self.uids)}
+
+    def __contains__(self, uid: object) -> bool:
+        return uid in self._ids
+
+    def index(self, uid: str) -> int:
+        """The id of `uid`; KeyError names the uid, this vocabulary and the nearest known uid."""
+        if uid not in self._ids:
+            near = difflib.get_close_matches(uid, self.uids, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise KeyError(
+                f"vocabulary {self._where}: no class has uid {uid!r} "
+                f"({len(self)} classes are known){hint}"
+            )
+        return self._ids[uid]
+
+    def to_json(self) -> dict[str, Any]:
+        categories = [
+            {"uid": item.uid, "name": item.name, "synonyms": list(item.synonyms)}
+            for item in self.categories
+        ]
+        return {"format": VOCABULARY_FORMAT, "categories": categories}
+
+    @classmethod
+    def from_json(cls, value: Any, origin: str = "") -> Vocabulary:
+        where = origin or "in memory"
+        if not isinstance(value, Mapping) or value.get("format") != VOCABULARY_FORMAT:
+            raise ValueError(
+                f'vocabulary {where}: expected an object with "format": {VOCABULARY_FORMAT} and '
+                '"categories"; write it with Vocabulary.save'
+            )
+        categories = []
+        for number, item in enumerate(value.get("categories", [])):
+            known = {"uid", "name", "synonyms"}
+            if not isinstance(item, Mapping) or not {"uid", "name"} <= set(item) <= known:
+                raise ValueError(
+                    f"vocabulary {where}: category {number} is {item!r}; it must have uid, name "
+                    "and, if any, synonyms"
+                )
+            categories.append(Category(item["uid"], item["name"], tuple(item.get("synonyms", ()))))
+        return cls(tuple(categories), origin)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """From a local path or an fsspec URL."""
+        content = read_bytes(path)
+        try:
+            value = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"vocabulary {path}: not JSON ({error}); write it again") from error
+        return cls.from_json(value, origin=str(path))
+
+    def save(self, path: str | Path) -> None:
+        text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
+        write_atomically(path, text.encode())
+
+
+Relabelling = Mapping[str, Mapping[str, Category]]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelSpace:
+    """The union of several vocabularies, keyed by uid, in the order of first appearance.
+
+    to_union: per source, int32 [local classes]: local id -> label-space id. Several local ids may
+    share one label-space id when a relabelling merged them.
+    """
+
+    vocabulary: Vocabulary
+    to_union: Mapping[str, NDArray[np.int32]]
+
+    @classmethod
+    def union(
+        cls, vocabularies: Mapping[str, Vocabulary], relabel: Relabelling | None = None
+    ) -> LabelSpace:
+        """`relabel` states, per source, the class that a local uid stands for in the union.
+
+        ValueError if two sources define one uid with no name in common, or if a relabelling names
+        a source or a uid that is not there.
+        """
+        relabel = relabel or {}
+        for source in relabel:
+            if source not in vocabularies:
+                raise ValueError(f"relabelling of source {source!r}: known are {[*vocabularies]}")
+        merged: dict[str, _Merged] = {}
+        to_union = {}
+        for source, vocabulary in vocabularies.items():
+            changes = relabel.get(source, {})
+            for uid in changes:
+                if uid not in vocabulary:
+                    raise ValueError(
+                        f"relabelling of source {source!r}: its vocabulary {vocabulary.origin} has "
+                        f"no class with uid {uid!r}; remove it from the relabelling"
+                    )
+            ids = []
+            for category in vocabulary.categories:
+                target = changes.get(category.uid, category)
+                entry = merged.setdefault(target.uid, _Merged(len(merged), target))
+                entry.add(target, vocabulary.origin or f"of source {source!r}")
+                ids.append(entry.union_id)
+            to_union[source] = np.array(ids, dtype=np.int32)
+        categories = tuple(entry.category() for entry in merged.values())
+        return cls(Vocabulary(categories, origin="of the label space"), to_union)
+
+    def ids(self, source: str) -> NDArray[np.int32]:
+        """Local id -> label-space id of `source`; ValueError if it is unknown."""
+        if source not in self.to_union:
+            raise ValueError(
+                f"source {source!r} is not in the label space; known are {[*self.to_union]}"
+            )
+        return self.to_union[source]
+
+    def classes(self, source: str) -> NDArray[np.int32]:
+        """The source's label-space ids, ascending, each once."""
+        return np.unique(self.ids(source))
+
+    def multiplicity(self, source: str) -> NDArray[np.int64]:
+        """How many local classes each of `classes(source)` stands for."""
+        return np.unique(self.ids(source), return_counts=True)[1]
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LabelSpace) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_json(self) -> dict[str, Any]:
+        to_union = {source: ids.tolist() for source, ids in self.to_union.items()}
+        return {"vocabulary": self.vocabulary.to_json(), "to_union": to_union}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LabelSpace:
+        vocabulary = Vocabulary.from_json(value["vocabulary"], origin="of the label space")
+        to_union = {
+            source: np.array(ids, dtype=np.int32) for source, ids in value["to_union"].items()
+        }
+        for source, ids in to_union.items():
+            if len(ids) and not 0 <= ids.min() <= ids.max() < len(vocabulary):
+                raise ValueError(
+                    f"label space: source {source!r} maps to id {ids.max()} of {len(vocabulary)}"
+                )
+        return cls(vocabulary, to_union)
+
+
+class _Merged:
+    """One class of the union while sources are added to it."""
+
+    def __init__(self, union_id: int, first: Category) -> None:
+        self.union_id = union_id
+        self.first = first
+        self.names: dict[str, None] = {}
+        self.spellings: set[str] = set()
+        self.origin = ""
+
+    def add(self, category: Category, origin: str) -> None:
+        spellings = category.spellings()
+        if self.spellings and self.spellings.isdisjoint(spellings):
+            raise ValueError(
+                f"uid {category.uid!r} means {self.first.name!r} in vocabulary {self.origin} but "
+                f"{category.name!r} in vocabulary {origin}; if they are one class give them a "
+                "common name or synonym, else give one of them another uid (or relabel it)"
+            )
+        self.origin = self.origin or origin
+        self.spellings |= spellings
+        self.names.update(dict.fromkeys((category.name, *category.synonyms)))
+
+    def category(self) -> Category:
+        synonyms = tuple(name for name in self.names if name != self.first.name)
+        return Category(self.first.uid, self.first.name, synonyms)

@@ -1,0 +1,208 @@
+"""Score a method on a validation set: All / Base / Novel mIoU, sharded over the ranks.
+
+Image i is segmented by rank i mod W; integers are added up at the end, so any number of ranks gives
+identical totals. Every class of the test vocabulary competes for every pixel, and no other class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from memseg_dist import dist
+from memseg_dist.batch import IGNORE
+from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.evaluation.metrics import (
+    BucketThresholds,
+    EvaluatedClass,
+    Group,
+    SegmentationMetrics,
+    SegmentationScores,
+)
+from memseg_dist.evaluation.sliding import DEFAULT_MEMORY_BYTES, Mode, segment
+from memseg_dist.methods.method import Method
+
+Item = tuple[Tensor, Tensor, str, Sequence[int]]
+"""image uint8 [3, Y, X]; truth int64 [H, W] of label-space ids or IGNORE; key; labels."""
+T = TypeVar("T")
+
+
+class EvaluationImages(Protocol):
+    """A validation set: `data.loader.EvalDataset`, or any sequence of items."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    scores: SegmentationScores
+    num_images: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_images": self.num_images,
+            "seconds": round(self.seconds, 3),
+            **self.scores.to_json(),
+        }
+
+    def table(self) -> str:
+        return f"{self.num_images} images in {self.seconds:.1f} s\n{self.scores.table()}"
+
+
+def evaluated_classes(
+    label_space: LabelSpace,
+    source: str,
+    *,
+    base: Collection[str] = (),
+    novel: Collection[str] = (),
+    exclude: Collection[str] = (),
+    training_images: np.ndarray | None = None,
+) -> list[EvaluatedClass]:
+    """The classes of `source`, ascending by label-space id, without the uids in `exclude`.
+
+    base, novel: uids that score as such; a class in neither counts in All alone.
+    training_images: per label-space id, the training images that are labelled with it.
+    Errors: ValueError naming a uid that is no class of `source`, or that is given as both.
+    """
+    vocabulary = label_space.vocabulary
+    ids = [class_id for class_id in label_space.classes(source).tolist() if class_id != IGNORE]
+    uids = [vocabulary.categories[class_id].uid for class_id in ids]
+    for what, given in (("base", base), ("novel", novel), ("exclude", exclude)):
+        for uid in given:
+            if uid not in uids:
+                near = difflib.get_close_matches(uid, uids, n=3)
+                hint = f"; nearest: {', '.join(near)}" if near else ""
+                raise ValueError(
+                    f"{what}: {uid!r} is no class of the evaluated set '{source}' "
+                    f"({len(uids)} classes){hint}"
+                )
+    both = sorted(set(base) & set(novel))
+    if both:
+        raise ValueError(f"{both[0]!r} is given as a base and as a novel class; keep one")
+    group: dict[str, Group] = {}
+    group.update((uid, "base") for uid in base)
+    group.update((uid, "novel") for uid in novel)
+    return [
+        EvaluatedClass(
+            class_id=class_id,
+            uid=uid,
+            name=vocabulary.categories[class_id].name,
+            group=group.get(uid),
+            training_images=None if training_images is None else int(training_images[class_id]),
+        )
+        for class_id, uid in zip(ids, uids, strict=True)
+        if uid not in exclude
+    ]
+
+
+def evaluate(
+    method: Method,
+    dataset: EvaluationImages,
+    classes: Sequence[EvaluatedClass],
+    *,
+    device: torch.device | str,
+    mode: Mode = "slide",
+    window: int = 512,
+    stride: int = 512,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    max_images: int | None = None,
+    num_processes: int = 0,
+    thresholds: BucketThresholds | None = None,
+    show_progress: bool = True,
+) -> EvaluationResult:
+    """Segment every image over `classes` and compare. A collective: all ranks, the same arguments.
+
+    Truth outside `classes` is not counted. `num_processes` loader processes per rank read ahead.
+    Errors: ValueError for an empty set or class list, naming the image where a map does not fit.
+    """
+    started = time.monotonic()
+    num_images = len(dataset) if max_images is None else min(max_images, len(dataset))
+    if num_images == 0:
+        raise ValueError("nothing to evaluate: the validation set has no images")
+    metrics = SegmentationMetrics(len(classes), device)
+    ids = torch.tensor([item.class_id for item in classes], device=device)
+    with evaluation_mode(method):
+        for image, truth, key, _ in own_share(dataset, num_images, num_processes, show_progress):
+            prediction = segment(
+                method.predict,
+                image.to(device, non_blocking=True),
+                ids,
+                mode=mode,
+                window=window,
+                stride=stride,
+                out_size=(truth.shape[-2], truth.shape[-1]),
+                memory_bytes=memory_bytes,
+            )
+            try:
+                metrics.update(prediction, to_evaluated(truth.to(device), ids))
+            except ValueError as error:
+                raise ValueError(f"image {key!r}: {error}") from error
+    scores = metrics.scores(classes, thresholds)
+    return EvaluationResult(scores, num_images, time.monotonic() - started)
+
+
+def to_evaluated(truth: Tensor, class_ids: Tensor) -> Tensor:
+    """Label-space ids -> their positions in `class_ids` [K]; what is not among them -> IGNORE."""
+    lookup = torch.full((int(class_ids.max()) + 1,), IGNORE, device=truth.device)
+    lookup[class_ids] = torch.arange(len(class_ids), device=truth.device)
+    known = (truth >= 0) & (truth < len(lookup))
+    return torch.where(known, lookup[truth.clamp(0, len(lookup) - 1)], IGNORE)
+
+
+def own_share(
+    dataset: EvaluationImages, num_images: int, num_processes: int = 0, show_progress: bool = True
+) -> Iterator[Item]:
+    """This rank's images among the first `num_images`, with a progress bar on rank 0."""
+    indices = range(dist.rank(), num_images, dist.size())
+    loader = DataLoader(
+        _Picked(dataset, indices), batch_size=None, num_workers=num_processes, collate_fn=_identity
+    )
+    yield from track(
+        loader,
+        description="evaluating",
+        total=len(indices),
+        console=Console(stderr=True),
+        disable=not show_progress or dist.rank() != 0,
+    )
+
+
+@contextmanager
+def evaluation_mode(method: nn.Module) -> Iterator[None]:
+    """No gradients and every module in eval mode; each module's own mode is restored after."""
+    training = [(module, module.training) for module in method.modules()]
+    method.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+class _Picked(Dataset):
+    def __init__(self, dataset: EvaluationImages, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Item:
+        return self.dataset[self.indices[position]]
+
+
+def _identity(item: T) -> T:
+    return item

@@ -1,0 +1,122 @@
+"""Trees of frozen dataclasses as JSON values and back, strictly.
+
+`decode` is the exact inverse of `encode`. An unknown key, a missing one or a value of another type
+is a ValueError that names the file, the dotted key and what was expected. A field that may be one
+of several dataclasses is told by their field `kind`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """`value`, as the json module reads it, as an instance of the dataclass `kind`."""
+    return _decode(kind, value, "", where)
+
+
+def encode(value: Any) -> Any:
+    """Dataclasses become objects, tuples become lists, leaves stay."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [encode(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): encode(part) for key, part in value.items()}
+    return value
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, str]:
+    """{"optimizer.lr": "0.001", ...}: a config's leaves as a tracker takes them."""
+    value = encode(config)
+    leaves: dict[str, str] = {}
+    stack: list[tuple[str, Any]] = [(prefix, value)]
+    while stack:
+        key, item = stack.pop()
+        entries: list[tuple[Any, Any]] = []
+        if isinstance(item, dict):
+            entries = list(item.items())
+        elif isinstance(item, list) and any(isinstance(part, dict) for part in item):
+            entries = [
+                (part.get("name", i) if isinstance(part, dict) else i, part)
+                for i, part in enumerate(item)
+            ]
+        if entries:
+            stack += [(f"{key}.{name}" if key else str(name), part) for name, part in entries]
+        else:
+            leaves[key] = str(item)
+    return dict(sorted(leaves.items()))
+
+
+def _decode(kind: Any, value: Any, key: str, where: str) -> Any:
+    """`value` as JSON gives it -> an instance of the annotation `kind`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, value, key, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: {key} is {value!r}; it must be one of {list(arguments)}")
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, key, where)
+    if origin is tuple:
+        expected = None if arguments[-1] is ... else len(arguments)
+        if not isinstance(value, list) or expected not in (None, len(value)):
+            raise ValueError(f"{where}: {key} is {value!r}; it must be a list of {expected or ''}")
+        kinds = [arguments[0]] * len(value) if expected is None else arguments
+        parts = zip(kinds, value, strict=True)
+        return tuple(_decode(part, v, f"{key}.{i}", where) for i, (part, v) in enumerate(parts))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {name: _decode(arguments[1], v, f"{key}.{name}", where) for name, v in value.items()}
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: {key} is {value!r}; it must be of type {kind.__name__}")
+    return value
+
+
+def _decode_union(members: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
+    if value is None and type(None) in members:
+        return None
+    members = tuple(member for member in members if member is not type(None))
+    if len(members) > 1 and isinstance(value, dict):
+        tagged = {member.kind: member for member in members if hasattr(member, "kind")}
+        kind = value.get("kind")
+        if kind not in tagged:
+            raise ValueError(f"{where}: {key}.kind is {kind!r}; it must be one of {sorted(tagged)}")
+        return _decode(tagged[kind], value, key, where)
+    errors = []
+    for member in members:
+        try:
+            return _decode(member, value, key, where)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError(" or ".join(errors))
+
+
+def _decode_dataclass(kind: Any, value: Any, key: str, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {key or 'the file'} is {value!r}; it must be an object")
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in value:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+            dotted = f"{key}.{name}" if key else name
+            raise ValueError(f"{where}: unknown key {dotted!r}; did you mean {', '.join(near)}?")
+    hints = get_type_hints(kind)
+    prefix = f"{key}." if key else ""
+    fields = {name: _decode(hints[name], v, prefix + name, where) for name, v in value.items()}
+    for f in dataclasses.fields(kind):
+        required = f.default is f.default_factory is dataclasses.MISSING
+        if required and f.name not in fields:
+            raise ValueError(f"{where}: the key {prefix + f.name!r} is missing")
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

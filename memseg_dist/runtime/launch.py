@@ -1,0 +1,138 @@
+"""`launch(config)` starts a run where its config says, and tells where its results lie."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from memseg_dist.config import RunConfig, from_json, to_json, with_absolute_paths
+from memseg_dist.runtime import local
+from memseg_dist.runtime.api import ConsoleTracker, Context, NullTracker, Tracker, Trackers
+from memseg_dist.runtime.folder import FolderTracker
+from memseg_dist.train.engine import EngineFactory, TorchEngine
+from memseg_dist.train.loop import train
+
+
+def launch(config: RunConfig) -> dict[str, Any]:
+    """Trains, resuming what `config.directory` holds. What the training loop returned on rank 0.
+
+    ValueError for a config that cannot run here; RunFailed (runtime.process) when training failed.
+    """
+    config = with_absolute_paths(config)
+    check_writable(config.directory)
+    config_json = to_json(config)
+    worker = functools.partial(run_worker, tags=provenance())
+    if config.launch.launcher == "ray":
+        from memseg_dist.runtime import on_ray
+
+        result = on_ray.run(worker, config_json, config)
+    else:
+        workers = config.launch.workers_range[1]
+        result = local.run(worker, config_json, workers, config.launch.use_gpu)
+    print(where_things_are(config), flush=True)
+    return result
+
+
+def run_worker(config_json: str, context: Context, *, tags: Mapping[str, str]) -> dict[str, Any]:
+    """One worker's part of the run."""
+    config = from_json(config_json)
+    tracker = build_tracker(config, tags) if context.rank == 0 else NullTracker()
+    return train(config, context, tracker, engine_factory(config))
+
+
+def engine_factory(config: RunConfig) -> EngineFactory:
+    if config.engine.kind == "torch":
+        return TorchEngine
+    from memseg_dist.runtime.on_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine
+
+
+def build_tracker(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
+    """What rank 0 writes to; figures to standard output and pictures to the run directory too."""
+    if config.tracking.kind == "none":
+        return NullTracker()
+    trackers: list[Tracker] = [ConsoleTracker(), FolderTracker(config.directory)]
+    if config.tracking.kind == "console":
+        return Trackers(trackers)
+    from memseg_dist.runtime.on_mlflow import MlflowTracker
+
+    uri = tracking_uri(config)
+    is_ours = config.tracking.uri is None
+    mlflow = MlflowTracker(
+        config.directory,
+        uri=uri,
+        experiment=config.tracking.experiment,
+        run_name=config.name,
+        artifacts=Path(config.storage, "mlflow-artifacts").as_uri() if is_ours else None,
+        tags=tags,
+        history=f"{config.directory}/metrics.jsonl",
+        system_metrics=config.tracking.system_metrics,
+    )
+    mlflow.log_text("config.json", to_json(config))
+    return Trackers([*trackers, mlflow])
+
+
+def tracking_uri(config: RunConfig) -> str:
+    if config.tracking.uri is not None:
+        return config.tracking.uri
+    if "://" in config.storage:
+        raise ValueError(
+            f"storage {config.storage} is a URL, which cannot hold MLflow's sqlite file; set "
+            "tracking.uri (a tracking server, or sqlite:////some/local/mlflow.db)"
+        )
+    return f"sqlite:///{config.storage}/mlflow.db"
+
+
+def check_writable(directory: str) -> None:
+    """ValueError naming `directory` if nothing can be written there; before any worker starts."""
+    probe = f"{directory}/.probe-{uuid.uuid4().hex}"
+    try:
+        with fsspec.open(probe, "w", auto_mkdir=True) as file:
+            file.write("")
+        filesystem, path = fsspec.core.url_to_fs(probe)
+        filesystem.rm_file(path)
+    except Exception as error:
+        raise ValueError(
+            f"cannot write to {directory}: {error}; choose another --storage, or mend its rights"
+        ) from error
+
+
+def provenance() -> dict[str, str]:
+    """What made this run: the command and the commit of the code."""
+    folder = Path(__file__).parent
+    return {
+        "memseg.command": shlex.join([sys.executable, *sys.argv]),
+        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.git.commit": _git(folder, "rev-parse", "HEAD") or "unknown",
+        "memseg.git.modified": str(bool(_git(folder, "status", "--porcelain", "-uno"))),
+    }
+
+
+def where_things_are(config: RunConfig) -> str:
+    lines = [f"run         {config.directory}"]
+    if config.validation is not None and config.tracking.kind != "none":
+        lines.append(f"overlays    {config.directory}/panels")
+    if config.tracking.kind == "mlflow":
+        lines.append(f"figures     mlflow ui --backend-store-uri {tracking_uri(config)}")
+    if "runtime_resources/working_dir_files" in config.storage:
+        lines.append("attention   this directory vanishes with the Ray job; use --storage")
+    return "\n".join(lines)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""

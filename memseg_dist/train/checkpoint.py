@@ -1,0 +1,335 @@
+"""Checkpoints that any number of workers can read: safetensors, JSON, and hashes written last.
+
+    step-00000100/
+        model.safetensors                       weights and buffers
+        optimizer.safetensors                   KEY/PARAMETER tensors and the update count
+        memory-NAME-00000-of-00002.safetensors  what rank 0 of 2 owned of `Method.state()[NAME]`
+        run.json                                step, config, label space
+        manifest.json                           SHA-256 and size of each file, rows of each memory
+
+Without a manifest a directory is torn: it is never chosen, and named in a warning. Locally all
+files are written under `.tmp` and renamed; at a URL the manifest, written last, makes it whole.
+Nothing is pickled. Random numbers need no state: they are derived from seed, step and slot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from memseg_dist import dist
+from memseg_dist.config import RunConfig, from_dict, to_dict
+from memseg_dist.data.files import is_url, join
+from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.jsonable import flatten
+from memseg_dist.memory.rows import Reader, Rows, Stateful
+from memseg_dist.train.engine import Engine, EngineState
+from memseg_dist.train.storage import (
+    hash_file,
+    local_copy,
+    make_empty,
+    on_rank_0,
+    open_file,
+    read_json,
+    rename,
+    together,
+    write_json,
+    write_tensor_file,
+)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+FREE_KEYS = ("name", "storage", "resume", "validation", "launch", "engine", "tracking", "loader")
+"""What may change when a run is resumed; so may `every` and the paths of the sources."""
+
+
+def save(
+    directory: str,
+    step: int,
+    engine: Engine,
+    memories: Mapping[str, Stateful],
+    config: RunConfig,
+    label_space: LabelSpace,
+    *,
+    keep: int,
+) -> str:
+    """Write the state after `step` steps under `directory`. Collective. Returns its path.
+
+    An error of one rank is raised on every rank, and leaves nothing that `latest` would choose.
+    """
+    target = join(directory, f"step-{step:08d}")
+    scratch = target if is_url(directory) else f"{target}.tmp"
+    on_rank_0(lambda: make_empty(scratch))
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    parts = {}
+    for name, memory in sorted(memories.items()):
+        tensors[_memory_file(name)], parts[name] = _divide(name, memory.state_dict())
+    state = engine.state()
+    if dist.rank() == 0:
+        tensors |= {"model.safetensors": state.weights, "optimizer.safetensors": state.optimizer}
+    run = {"step": step, "config": to_dict(config), "label_space": label_space.to_json()}
+
+    def write() -> dict[str, dict[str, Any]]:
+        written = {
+            name: write_tensor_file(scratch, name, content)
+            for name, content in tensors.items()
+            if content or not name.startswith("memory-")
+        }
+        if dist.rank() == 0:
+            written["run.json"] = write_json(scratch, "run.json", run)
+        return written
+
+    def commit(files: dict[str, dict[str, Any]]) -> None:
+        manifest = {"format": FORMAT, "step": step, "files": files, "memories": parts}
+        write_json(scratch, MANIFEST, manifest)
+        if scratch != target:
+            rename(scratch, target)
+        _forget_old(directory, keep)
+
+    files = {name: entry for written in together(write) for name, entry in written.items()}
+    on_rank_0(lambda: commit(files))
+    return target
+
+
+def latest(directory: str) -> str | None:
+    """The newest whole checkpoint under `directory`, or None. Torn ones are named in a warning."""
+    whole, torn = _survey(directory)
+    for path in torn:
+        log.warning("ignoring the incomplete checkpoint %s", path)
+    return whole[-1] if whole else None
+
+
+Part = list
+"""[file, start, stop]: the file has rows [start, stop) of a tensor; [file, -1, -1]: all of it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint, opened lazily. Errors are ValueErrors that name the file."""
+
+    path: str
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        where = join(self.path, MANIFEST)
+        manifest = read_json(where)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"{where}: format {manifest.get('format')!r}, this version reads {FORMAT}"
+            )
+        return manifest
+
+    @cached_property
+    def _run(self) -> dict[str, Any]:
+        return read_json(join(self.path, "run.json"))
+
+    @property
+    def step(self) -> int:
+        """How many steps had been done."""
+        return self.manifest["step"]
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return from_dict(self._run["config"], join(self.path, "run.json"))
+
+    @cached_property
+    def label_space(self) -> LabelSpace:
+        return LabelSpace.from_json(self._run["label_space"])
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._tensors("model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        return self._tensors("optimizer.safetensors")
+
+    def reader(self, memory: str) -> Reader:
+        """Reads rows of the tensors of one of `Method.state()`, from the files that hold them."""
+        saved = self.manifest["memories"]
+        if memory not in saved:
+            raise ValueError(
+                f"{self.path} holds no memory '{memory}', only {sorted(saved)}; "
+                "resume with the method that wrote it"
+            )
+
+        def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
+            if name not in saved[memory]:
+                raise ValueError(f"{self.path}: memory '{memory}' has no tensor '{name}'")
+            return self._read_rows(saved[memory][name], name, start, stop)
+
+        return read
+
+    def verify(self, files: list[str] | None = None) -> None:
+        """ValueError naming the first of `files` (default: all) that is not as it was written."""
+        for name in sorted(self.manifest["files"] if files is None else files):
+            entry, where = self.manifest["files"][name], join(self.path, name)
+            try:
+                with open_file(where, "rb") as file:
+                    found = hash_file(file)
+            except OSError as error:
+                raise ValueError(f"cannot read {where}: {error}") from error
+            if found != entry["sha256"]:
+                raise ValueError(
+                    f"{where} is damaged: SHA-256 is {found}, the manifest says "
+                    f"{entry['sha256']}; delete {self.path} to resume from an earlier checkpoint"
+                )
+
+    def verifytogether(self) -> None:
+        """Every rank checks its share of the files; an error is raised on all. Collective."""
+        files = sorted(self.manifest["files"])
+        together(lambda: self.verify(files[dist.rank() :: dist.size()]))
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        with self._local(name) as path, safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def _read_rows(self, parts: list[Part], name: str, start: int, stop: int | None) -> Tensor:
+        if parts[0][1] < 0:
+            with self._local(parts[0][0]) as path, safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)[start:stop]
+        stop = parts[-1][2] if stop is None else stop
+        found: list[Tensor] = []
+        for file_name, first, last in parts:
+            low, high = max(first, start), min(last, stop)
+            if low < high or (not found and file_name == parts[-1][0]):  # at least the shape
+                with self._local(file_name) as path, safe_open(path, framework="pt") as file:
+                    found.append(file.get_slice(name)[max(low - first, 0) : max(high - first, 0)])
+        rows = torch.cat(found)
+        assert len(rows) == max(stop - start, 0), f"{self.path}: rows {start}:{stop} of '{name}'"
+        return rows
+
+    def _local(self, name: str) -> AbstractContextManager[str]:
+        return local_copy(join(self.path, name))
+
+
+def load(
+    checkpoint: Checkpoint,
+    engine: Engine,
+    memories: Mapping[str, Stateful],
+    config: RunConfig,
+    label_space: LabelSpace,
+) -> int:
+    """Take over a run at any number of workers. Collective. Returns the steps done.
+
+    ValueError for a damaged file, another label space or another config.
+    """
+    checkpoint.verifytogether()
+    check_same_run(checkpoint, config, label_space)
+    engine.load(EngineState(checkpoint.weights(), checkpoint.optimizer()))
+    for name, memory in sorted(memories.items()):
+        memory.load_state_dict(checkpoint.reader(name))
+    return checkpoint.step
+
+
+def check_same_run(checkpoint: Checkpoint, config: RunConfig, label_space: LabelSpace) -> None:
+    """ValueError if going on with `config` would not be the run that wrote the checkpoint."""
+    before, now = _identity(checkpoint.config), _identity(config)
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        listing = "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5])
+        raise ValueError(
+            f"{checkpoint.path} was written by another config ({len(changed)} values differ: "
+            f"{listing}); give the run another name, or the config its old values"
+        )
+    if checkpoint.label_space != label_space:
+        saved, new = checkpoint.label_space.vocabulary, label_space.vocabulary
+        differing = [uid for uid in saved.uids if uid not in new] + [
+            uid for uid in new.uids if uid not in saved
+        ]
+        raise ValueError(
+            f"{checkpoint.path} was written with another label space: {len(saved)} classes then, "
+            f"{len(new)} now; only in one of them: {differing[:5]}. A vocabulary.json of a source "
+            "has changed; restore it, or give the run another name"
+        )
+
+
+def _identity(config: RunConfig) -> dict[str, str]:
+    """What must not change within a run, flat."""
+    value = {k: v for k, v in to_dict(config).items() if k not in (*FREE_KEYS, "every")}
+    for source in (*value["sources"], *value["relabel"]):
+        source.pop("path")
+    value["backbone"].pop("pretrained")  # where the first weights came from
+    return flatten(value)
+
+
+def _divide(name: str, state: Mapping[str, Rows | Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """This rank's tensors to write, and which file holds which rows of each. Collective.
+
+    Ranks that hold the same rows write them once; what all hold alike is rank 0's to write.
+    """
+    layout = {
+        key: (value.start, value.start + len(value.tensor)) if isinstance(value, Rows) else (-1, -1)
+        for key, value in state.items()
+    }
+    layouts = dist.all_gather_object(layout)
+    own: dict[str, Tensor] = {}
+    parts: dict[str, list[Part]] = {}
+    for key, value in state.items():
+        seen: set[tuple[int, int]] = set()
+        parts[key] = []
+        for rank, ranges in enumerate(layouts):
+            start, stop = ranges[key]
+            is_last_hope = rank == len(layouts) - 1 and not parts[key]
+            if (start, stop) in seen or (start == stop >= 0 and not is_last_hope):
+                continue
+            seen.add((start, stop))
+            parts[key].append([_memory_file(name, rank), start, stop])
+            if rank == dist.rank():
+                own[key] = value.tensor if isinstance(value, Rows) else value
+        parts[key].sort(key=lambda part: part[1])
+    return own, parts
+
+
+def _memory_file(name: str, rank: int | None = None) -> str:
+    rank = dist.rank() if rank is None else rank
+    return f"memory-{name}-{rank:05d}-of-{dist.size():05d}.safetensors"
+
+
+def _survey(directory: str) -> tuple[list[str], list[str]]:
+    """Whole and torn checkpoints, oldest first."""
+    filesystem, root = fsspec.core.url_to_fs(directory)
+    filesystem.invalidate_cache()
+    if not filesystem.isdir(root):
+        return [], []
+    names = sorted(Path(path).name for path in filesystem.ls(root, detail=False))
+    whole: list[str] = []
+    torn: list[str] = []
+    for name in names:
+        if name.startswith("step-"):
+            path = join(directory, name)
+            (whole if not name.endswith(".tmp") and _is_whole(path) else torn).append(path)
+    return whole, torn
+
+
+def _is_whole(path: str) -> bool:
+    """Whether the manifest is there and every file it lists has its size."""
+    try:
+        manifest = read_json(join(path, MANIFEST))
+        for name, entry in manifest["files"].items():
+            filesystem, remote = fsspec.core.url_to_fs(join(path, name))
+            if filesystem.info(remote)["size"] != entry["bytes"]:
+                return False
+    except (ValueError, OSError, KeyError):
+        return False
+    return True
+
+
+def _forget_old(directory: str, keep: int) -> None:
+    for path in _survey(directory)[0][:-keep]:
+        filesystem, remote = fsspec.core.url_to_fs(path)
+        try:
+            filesystem.rm_file(join(remote, MANIFEST))  # first: a half-deleted one is not whole
+            filesystem.rm(remote, recursive=True)
+        except OSError as error:
+            log.warning("cannot delete the old checkpoint %s: %s", path, error)

@@ -1,0 +1,189 @@
+"""A user's own pictures, in each of the forms; and the real sample data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memseg_dist.data.class_lists import read_classes
+from memseg_dist.data.index import Index
+from memseg_dist.data.vocabulary import LabelSpace, Vocabulary
+
+COCO = Path(__file__).resolve().parents[2] / "datasets" / "vocabularies" / "coco_stuff_171.json"
+
+
+@pytest.fixture
+def folder(load_recipe):
+    return load_recipe("folder")
+
+
+@pytest.fixture
+def masks(tmp_path, picture_files):
+    """Two images, one in a sub-folder; masks hold 0, 1 and 255."""
+    write_image, write_map, _ = picture_files
+    for number, name in enumerate(("a", "deep/b")):
+        write_image(tmp_path / "images" / f"{name}.jpg", number)
+        pixels = np.full((12, 16), 255)
+        pixels[:4], pixels[4:6] = 0, number
+        write_map(tmp_path / "masks" / f"{name}.png", pixels)
+    (tmp_path / "classes.txt").write_text("dog\nteapot\tmine:pot\tkettle, urn\n")
+    return tmp_path
+
+
+def recipe_masks(folder, root, make_options, **changes):
+    inputs = (root / "images", root / "masks", root / "classes.txt")
+    return folder.Masks(*inputs, make_options(verify=True), **changes)
+
+
+def test_masks(folder, masks, options, read_back):
+    recipe = recipe_masks(folder, masks, options, uids=COCO)
+    assert folder.build(recipe).num_samples == 2
+    vocabulary = Vocabulary.load(options().out / "vocabulary.json")
+    assert vocabulary.uids == ("n02084071", "mine:pot")
+    assert vocabulary.categories[1].synonyms == ("kettle", "urn")
+    content = read_back(options().out)
+    assert content["a"][1] == [0] and content["deep/b"][1] == [0, 1]
+    assert content["deep/b"][2][[0, 5, 9], 0].tolist() == [0, 1, 65535]
+
+
+def test_masks_as_labels_and_from_one(folder, masks, options, read_back):
+    recipe = recipe_masks(folder, masks, options, first_value=1, ignore=(0, 255), labels_only=True)
+    folder.build(recipe)
+    assert [item[1:] for item in read_back(options().out).values()] in (
+        [([], None), ([0], None)],
+        [([0], None), ([], None)],
+    )
+
+
+def test_bad_masks(folder, masks, options, picture_files):
+    with pytest.raises(ValueError, match=r"[ab].png: value\(s\) \[255\] are no class"):
+        folder.build(recipe_masks(folder, masks, options, ignore=()))
+    picture_files[1](masks / "masks/a.png", np.zeros((5, 5)))
+    with pytest.raises(ValueError, match="sample 'a': the mask is 5 x 5"):
+        folder.build(recipe_masks(folder, masks, options))
+    (masks / "masks/a.png").unlink()
+    with pytest.raises(ValueError, match=r"a.jpg has no mask"):
+        folder.build(recipe_masks(folder, masks, options))
+    with pytest.raises(ValueError, match=r"cannot read .*classes.txt"):
+        folder.build(recipe_masks(folder, masks / "nowhere", options))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['["dog", "cat"]', '{"classes": ["dog", "cat"], "ignore": 255}', "dog\ncat\n"],
+)
+def test_class_lists(tmp_path, content):
+    path = tmp_path / ("c.txt" if content[0] == "d" else "c.json")
+    path.write_text(content)
+    assert read_classes(path).uids == ("name:dog", "name:cat")
+    assert read_classes(path, COCO).uids == ("n02084071", "n02121620")
+
+
+def test_a_class_list_may_be_a_vocabulary():
+    assert read_classes(COCO) == Vocabulary.load(COCO)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "expected"), ("[1]", "expected"), ("{", "not JSON"), ('["a", "A"]', "both get")],
+)
+def test_bad_class_lists(tmp_path, content, message):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_classes(tmp_path / "c.json")
+
+
+def test_class_folders(folder, tmp_path, options, picture_files, read_back):
+    for number, name in enumerate(("dog/1", "dog/2", "n02121620/1", "my_cup/1")):
+        picture_files[0](tmp_path / "in" / f"{name}.jpg", number)
+    folder.build(folder.Classes(tmp_path / "in", options(), uids=COCO))
+    vocabulary = Vocabulary.load(options().out / "vocabulary.json")
+    assert vocabulary.uids == ("n02084071", "name:my cup", "n02121620")
+    labels = {key: item[1] for key, item in read_back(options().out).items()}
+    assert labels == {"dog/1": [0], "dog/2": [0], "my_cup/1": [1], "n02121620/1": [2]}
+    picture_files[0](tmp_path / "in" / "loose.jpg")
+    with pytest.raises(ValueError, match=r"loose.jpg is in no class folder"):
+        folder.build(folder.Classes(tmp_path / "in", options()))
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_tables(folder, tmp_path, options, picture_files, read_back, form):
+    for name in ("x", "y"):
+        picture_files[0](tmp_path / f"{name}.jpg")
+    table = tmp_path / f"labels.{form}"
+    rows = {"x.jpg": ["dog", "Hand-Bag"], "y.jpg": []}
+    table.write_text(
+        json.dumps(rows) if form == "json" else "path,labels\nx.jpg,dog;Hand-Bag\ny.jpg,\n"
+    )
+    (tmp_path / "classes.txt").write_text("purse\t\thand bag\ndog\n")
+    folder.build(folder.Table(table, tmp_path, options(), classes=tmp_path / "classes.txt"))
+    assert {key: item[1] for key, item in read_back(options().out).items()} == {
+        "x": [0, 1],
+        "y": [],
+    }
+
+
+def test_bad_tables(folder, tmp_path, options, picture_files):
+    picture_files[0](tmp_path / "x.jpg")
+    table = tmp_path / "t.csv"
+    (tmp_path / "classes.txt").write_text("dog\n")
+
+    def build(text):
+        table.write_text(text)
+        folder.build(folder.Table(table, tmp_path, options(), classes=tmp_path / "classes.txt"))
+
+    with pytest.raises(ValueError, match=r"t.csv, line 2: expected path,label;label"):
+        build("x.jpg,dog\nx.jpg\n")
+    with pytest.raises(ValueError, match="label 'cat' is not in the class list"):
+        build("x.jpg,cat\n")
+    with pytest.raises(ValueError, match=r"no image .*z.jpg"):
+        build("z.jpg,dog\n")
+
+
+def test_real_coco80_and_i21k_like_share_their_classes(folder, tmp_path, options, real_data):
+    """62 of COCO's 80 classes have pictures in i21k_like; 733 classes are its own."""
+    limit = 40
+    common = {"uids": COCO, "drop_empty_classes": True}
+    pixels = folder.IndexJson(
+        real_data / "coco80/index.json",
+        options(out=tmp_path / "masks", limit=limit),
+        split="train",
+        uids=COCO,
+    )
+    weak = folder.IndexJson(
+        real_data / "i21k_like/index.json", options(out=tmp_path / "weak", limit=limit), **common
+    )
+    shuffled = folder.IndexJson(
+        real_data / "i21k_like/index.json",
+        options(out=tmp_path / "shuffled", limit=limit),
+        shuffle_labels=0,
+        **common,
+    )
+    for recipe in (pixels, weak, shuffled):
+        assert folder.build(recipe).num_samples == limit
+    vocabularies = {
+        name: Vocabulary.load(tmp_path / name / "vocabulary.json")
+        for name in ("masks", "weak", "shuffled")
+    }
+    assert vocabularies["weak"] == vocabularies["shuffled"]
+    space = LabelSpace.union(vocabularies)
+    masks, images = (set(space.classes(name).tolist()) for name in ("masks", "weak"))
+    assert (len(masks), len(masks & images), len(images)) == (80, 62, 795)
+    groups = json.loads((tmp_path / "masks" / "groups.json").read_text())
+    assert (len(groups["base"]), len(groups["novel"])) == (56, 24)
+    assert set(groups["base"]) | set(groups["novel"]) <= set(vocabularies["masks"].uids)
+    rows = [Index.open(tmp_path / name) for name in ("weak", "shuffled")]
+    labels = [[tuple(index.row(i).labels) for i in range(limit)] for index in rows]
+    assert labels[0] != labels[1]
+
+
+def test_real_camvid(folder, options, real_data):
+    root = real_data / "camvid11"
+    inputs = (root / "val", root / "valannot", root / "classes.json")
+    recipe = folder.Masks(*inputs, options(limit=5, verify=True), ignore=(11,))
+    assert folder.build(recipe).num_samples == 5
+    counts = Index.open(options().out).class_image_counts(11)
+    assert counts[3] == 5  # road is in every picture

@@ -1,0 +1,139 @@
+"""Whole evaluation: what is counted, on any number of ranks, and what is drawn."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from evaluation.stand_in import FIRST_ID, NUM_CLASSES, ColorMethod, Images, evaluated
+
+from memseg_dist.batch import IGNORE
+from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
+from memseg_dist.evaluation.draw import choose_images, draw_panels
+from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes, to_evaluated
+from memseg_dist.evaluation.metrics import SegmentationMetrics
+from memseg_dist.evaluation.sliding import segment_dense
+
+
+def run(num_images: int = 5, num_processes: int = 0) -> dict:
+    result = evaluate(
+        ColorMethod(),
+        Images(num_images),
+        evaluated(),
+        device="cpu",
+        window=16,
+        stride=10,
+        num_processes=num_processes,
+        show_progress=False,
+    )
+    return {key: value for key, value in result.to_json().items() if key != "seconds"}
+
+
+def test_equals_a_plain_loop():
+    method, images = ColorMethod().eval(), Images()
+    metrics = SegmentationMetrics(NUM_CLASSES)
+    ids = torch.arange(FIRST_ID, FIRST_ID + NUM_CLASSES)
+    for index in range(len(images)):
+        image, truth, _, _ = images[index]
+        with torch.no_grad():
+            label = segment_dense(
+                method.predict, image, ids, mode="slide", window=16, stride=10,
+                out_size=tuple(truth.shape),
+            )  # fmt: skip
+        target = truth - FIRST_ID
+        target[(truth == IGNORE) | (target == NUM_CLASSES)] = IGNORE
+        metrics.update(label, target)
+    expected = metrics.scores(evaluated()).to_json()
+    found = run()
+    assert found.pop("num_images") == 5
+    assert found == expected
+    assert any(row["iou"] for row in found["classes"])
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_give_identical_totals(process_pool, world_size):
+    """5 images on 2 ranks: unequal shares; and 1 image, so that a rank has none."""
+    for num_images in (5, 1):
+        assert process_pool(world_size).run(run, num_images) == [run(num_images)] * world_size
+
+
+def test_loader_processes_change_nothing():
+    assert run(3, num_processes=1) == run(3)
+
+
+def test_max_images():
+    result = evaluate(
+        ColorMethod(), Images(), evaluated(), device="cpu", max_images=2, show_progress=False
+    )
+    assert result.num_images == 2 and "2 images" in result.table()
+    assert json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_modes_and_gradients_are_left_as_found():
+    method = ColorMethod()
+    method.norm.eval()
+    statistics = method.norm.running_mean.clone()
+    evaluate(method, Images(1), evaluated(), device="cpu", show_progress=False)
+    assert method.training and not method.norm.training
+    assert torch.equal(method.norm.running_mean, statistics)
+    assert method.table.grad is None and torch.is_grad_enabled()
+
+
+def test_excluded_and_unknown_ids_are_ignored():
+    truth = torch.tensor([[7, 2, IGNORE], [5, 100, 0]])
+    expected = torch.tensor([[1, IGNORE, IGNORE], [0, IGNORE, IGNORE]])
+    assert torch.equal(to_evaluated(truth, torch.tensor([5, 7])), expected)
+
+
+def test_errors_name_the_image_and_the_fix():
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(ColorMethod(), Images(0), evaluated(), device="cpu")
+    with pytest.raises(ValueError, match="0 entries"):
+        evaluate(ColorMethod(), Images(), [], device="cpu")
+
+
+@pytest.fixture
+def label_space() -> LabelSpace:
+    animals = Vocabulary((Category("n1", "dog"), Category("n2", "cat"), Category("n3", "cow")))
+    things = Vocabulary((Category("n9", "chair"), Category("n2", "cat")))
+    return LabelSpace.union({"things": things, "animals": animals})
+
+
+def test_classes_are_those_of_the_evaluated_set(label_space):
+    counts = np.array([5, 6, 7, 8])
+    classes = evaluated_classes(
+        label_space, "animals", base=["n2"], novel=["n1"], exclude=["n3"], training_images=counts
+    )
+    assert [(item.uid, item.group, item.training_images) for item in classes] == [
+        ("n2", "base", 6),
+        ("n1", "novel", 7),
+    ]
+    assert [item.group for item in evaluated_classes(label_space, "animals")] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base": ["n22"]}, "base: 'n22' is no class of the evaluated set 'animals'.*nearest"),
+        ({"exclude": ["n9"]}, "exclude: 'n9'"),
+        ({"base": ["n1"], "novel": ["n1"]}, "'n1' is given as a base and as a novel class"),
+    ],
+)
+def test_wrong_uids_are_named(label_space, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated_classes(label_space, "animals", **options)
+
+
+def test_panels_show_novel_classes_first():
+    images, classes = Images(8), evaluated()
+    chosen = choose_images(images, classes, 3)
+    assert len(chosen) == 3 and chosen == choose_images(images, classes, 3)
+    assert all(classes[focus].group == "novel" for _, focus in chosen)
+    assert {focus for _, focus in chosen} == {4, 5}
+    drawn = draw_panels(
+        ColorMethod(), images, classes, num_panels=2, device="cpu", window=16, stride=16
+    )
+    assert len(drawn) == 2 and drawn[0].focus.group == "novel"
+    assert drawn[0].image.dtype == np.uint8 and drawn[0].image.shape[2] == 3

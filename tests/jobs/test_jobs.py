@@ -1,0 +1,150 @@
+"""Run files: their settings are the paper's, their flags work, and `--smoke` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memseg_dist.config import LaunchConfig, from_json, to_json
+from memseg_dist.runtime import jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = {
+    "larvseg_21k": "LarvSeg21k",
+    "larvseg_ade": "LarvSegAde",
+    "larvseg_scenes": "LarvSegScenes",
+    "pretrain_scenes": "PretrainScenes",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def job_kind(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+
+    def load(name: str) -> type[jobs.Job]:
+        return getattr(importlib.import_module(name), JOBS[name])
+
+    return load
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_config_survives_json(job_kind, name):
+    config = job_kind(name)().config()
+    assert from_json(to_json(config)) == config
+    assert config.launch.launcher == "ray" and config.engine.kind == "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("options", "counts", "weights", "slots", "threshold"),
+    [
+        ({}, (58, 92), (0.1, 0.1), (4, 4), 2.0),
+        ({"imagenet": True}, (58, 92), (0.2, 0.1), (3, 3, 2), 2.0),
+        ({"classes": 847}, (92, 755), (0.2, 0.1), (4, 4), 1.0),
+        ({"classes": 847, "imagenet": True}, (92, 755), (0.2, 0.1), (3, 3, 2), 1.0),
+        ({"protocol": "head"}, (63, 87), (0.1, 0.1), (4, 4), 2.0),
+    ],
+)
+def test_ade_has_the_papers_settings(job_kind, options, counts, weights, slots, threshold):
+    config = job_kind("larvseg_ade")(**options).config()
+    assert (len(config.validation.base), len(config.validation.novel)) == counts
+    assert (config.method.cls_weight, config.method.aux_weight) == weights
+    assert tuple(source.slots for source in config.sources) == slots
+    assert {source.batch_per_slot for source in config.sources} == {2}
+    assert [source.augment.crop for source in config.sources] == [512, 512, 320][: len(slots)]
+    assert config.method.distance_threshold == threshold
+    assert (config.method.capacity, config.method.top_k) == (20, 20)
+    assert (config.optimizer.kind, config.optimizer.lr, config.steps) == ("sgd", 1e-3, 320_000)
+    baseline = job_kind("larvseg_ade")(**options, baseline=True).config()
+    assert baseline.method == dataclasses.replace(config.method, attention="off")
+
+
+def test_21k_keeps_the_whole_vocabulary(job_kind):
+    job = job_kind("larvseg_21k")()
+    assert len(job.vocabularies()["imagenet21k"]) == 21_841
+    assert job.config().steps == 1_280_000
+
+
+def test_smoke_shrinks_the_pictures_but_neither_slots_nor_memory(job_kind):
+    config = job_kind("larvseg_21k")().config()
+    small = jobs.shrunk(config)
+    assert small.num_slots == config.num_slots == 8
+    assert small.method == dataclasses.replace(config.method, warm_up=1)
+    assert small.launch == LaunchConfig(workers=2, max_failures=0)
+
+
+def run_main(kind, monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
+    jobs.main(kind, "A test.")
+
+
+def test_flags_override_the_config_and_unknown_ones_are_errors(job_kind, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(jobs, "launch", lambda config: seen.append(config) or {"status": "stopped"})
+    kind = job_kind("larvseg_scenes")
+    flags = ["--baseline", "--optimizer.lr", "0.5", "--sources.1.slots", "3", "--launch.workers"]
+    run_main(kind, monkeypatch, *flags, "1", "4")
+    (config,) = seen
+    assert (config.method.attention, config.optimizer.lr) == ("off", 0.5)
+    assert (config.sources[1].slots, config.launch.workers) == (3, (1, 4))
+    assert Path(config.storage).is_absolute()
+    with pytest.raises(SystemExit) as caught:
+        run_main(kind, monkeypatch, "--basline")
+    assert caught.value.code == 2
+    assert "--baseline" in capsys.readouterr().err
+
+
+def test_help_shows_the_jobs_options_and_every_key_of_the_config(job_kind, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_main(job_kind("larvseg_scenes"), monkeypatch, "--baseline", "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--smoke", "--baseline", "--backbone", "--launch.launcher", "--tracking.uri"):
+        assert flag in text
+
+
+def test_a_mistake_ends_in_one_line(job_kind, monkeypatch):
+    with pytest.raises(SystemExit) as caught:
+        run_main(job_kind("larvseg_scenes"), monkeypatch, "--launch.workers", "9")
+    assert "launch.workers 9 is more than the 4 slots" in str(caught.value.code)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_smoke(job_kind, monkeypatch, tmp_path, capsys, name):
+    """In this process; the slow test below runs the same through Ray and DeepSpeed."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--launch.launcher", "local", "--launch.workers", "1", "--engine.kind", "torch"]
+    run_main(job_kind(name), monkeypatch, "--smoke", "--tracking.kind", "console", *flags)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "checkpoints" / "step-00000004" / "manifest.json").exists()
+    assert f"run         {run}" in capsys.readouterr().out
+    assert (run / "backbone.safetensors").exists() == (name == "pretrain_scenes")
+    assert any((run / "panels").glob("*.png")) == (name != "pretrain_scenes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_smoke_through_ray_and_deepspeed(tmp_path, name):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "jobs" / f"{name}.py", "--smoke"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if "smoke" in path.name)
+    assert (run / "checkpoints" / "step-00000004" / "manifest.json").exists()
+    assert "mlflow ui --backend-store-uri sqlite:///" in done.stdout

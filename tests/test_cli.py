@@ -1,0 +1,214 @@
+"""The commands on a small checkpoint: what they write, what they print, what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from train.shards import CATEGORIES, larvseg_config, write_squares
+
+from memseg_dist.batch import Clock
+from memseg_dist.cli import main
+from memseg_dist.config import EngineConfig, build_label_space, build_method
+from memseg_dist.data.shards import Sample, finish, write_shard
+from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.train.checkpoint import save
+from memseg_dist.train.engine import TorchEngine
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's directory with one checkpoint: random weights, a memory of three classes."""
+    root = tmp_path_factory.mktemp("cli")
+    for name, num_classes, with_masks in (("masks", 2, 1), ("weak", 4, 0), ("val", 4, 1)):
+        write_squares(root / name, 8, num_classes, with_masks=bool(with_masks))
+    config = larvseg_config(root, root / "runs", engine=EngineConfig("torch"))
+    label_space = build_label_space(config)
+    method = build_method(config, label_space)
+    bank = method.memory
+    generator = torch.Generator().manual_seed(0)
+    for step, class_id in enumerate((0, 1, 3, 3, 0)):
+        rows = torch.nn.functional.normalize(torch.randn(1, bank.dim, generator=generator))
+        bank.propose([class_id], rows, Clock(step))
+        bank.commit(Clock(step))
+    engine = TorchEngine(method, config, torch.device("cpu"))
+    directory = root / "runs" / "run"
+    save(str(directory / "checkpoints"), 5, engine, method.state(), config, label_space, keep=1)
+    return root, directory, method
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for name, size in (("one.jpg", (40, 56)), ("two.png", (33, 21))):
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def command(*arguments) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def fails(*arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        command(*arguments)
+    assert isinstance(stopped.value.code, str) and stopped.value.code.startswith("error: ")
+    return stopped.value.code
+
+
+def test_predict_writes_three_files_per_picture(run, pictures, tmp_path):
+    _, directory, _ = run
+    images = [pictures / "one.jpg", pictures / "two.png"]
+    command("predict", *images, "--checkpoint", directory, "--out", tmp_path)
+    for name, (height, width) in (("one", (40, 56)), ("two", (33, 21))):
+        labels = np.array(Image.open(tmp_path / f"{name}.labels.png"))
+        assert labels.shape == (height, width)
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (report["height"], report["width"]) == (height, width)
+        shares = [row["share"] for row in report["classes"]]
+        assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+        for row in report["classes"]:
+            assert row["pixels"] == (labels == row["id"]).sum()
+            assert row["uid"] == CATEGORIES[row["id"]].uid
+        assert Image.open(tmp_path / f"{name}.overlay.png").width > width
+    with Image.open(tmp_path / "one.labels.png") as labels:
+        assert labels.mode == "I;16"
+
+
+def test_predict_only_what_was_asked_for(run, pictures, tmp_path):
+    arguments = ["--checkpoint", run[1], "--out", tmp_path, "--classes", "Sun, n1"]
+    command("predict", pictures / "one.jpg", *arguments)
+    report = json.loads((tmp_path / "one.json").read_text())
+    assert {row["uid"] for row in report["classes"]} <= {"n1", "n3"}
+
+
+def test_predict_names_flag_and_value(run, pictures, tmp_path):
+    image, common = pictures / "one.jpg", ["--checkpoint", run[1], "--out", tmp_path]
+    message = fails("predict", image, *common, "--classes", "red,gren")
+    assert "--classes: 'gren'" in message and "nearest: green" in message
+    assert "--device moon" in fails("predict", image, *common, "--device", "moon")
+    (tmp_path / "text.jpg").write_text("no picture")
+    assert "text.jpg is not a JPEG" in fails("predict", tmp_path / "text.jpg", *common)
+    assert "nowhere.jpg" in fails("predict", "nowhere.jpg", *common)
+    assert "same files" in fails("predict", image, tmp_path / "one.png", *common)
+    assert "stride 9 with window 8" in fails(
+        "predict", image, *common, "--mode", "slide", "--window", 8, "--stride", 9
+    )
+    missing = fails("predict", image, "--checkpoint", tmp_path / "no", "--out", tmp_path)
+    assert "no whole checkpoint there" in missing and "--checkpoint" in missing
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    message = fails("predict", image, "--checkpoint", run[1], "--out", blocked / "out")
+    assert "cannot write to" in message
+
+
+def test_a_damaged_checkpoint_is_refused(run, pictures, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[1], copy)
+    weights = next(copy.rglob("model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    message = fails("predict", pictures / "one.jpg", "--checkpoint", copy, "--out", tmp_path)
+    assert "model.safetensors is damaged" in message
+
+
+def test_eval_on_the_runs_own_validation_set(run, tmp_path, capsys):
+    command(
+        "eval", "--checkpoint", run[1], "--out", tmp_path, "--panels", 2, "--buckets",
+        "--max-images", 5,
+    )  # fmt: skip
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["num_images"] == 5
+    assert scores["groups"]["base"]["num_classes"] == scores["groups"]["novel"]["num_classes"] == 2
+    assert scores["groups"]["tail"]["num_classes"] > 0
+    assert "novel" in capsys.readouterr().out and "green" in (tmp_path / "classes.txt").read_text()
+    assert len([*tmp_path.glob("panel-*.png")]) == 2
+
+
+def test_eval_oracle(run, tmp_path, capsys):
+    command("eval", "--checkpoint", run[1], "--oracle", "--runs", 2, "--out", tmp_path)
+    assert len(json.loads((tmp_path / "scores.json").read_text())["runs"]) == 2
+    assert "std" in capsys.readouterr().out
+
+
+def test_eval_on_other_data(run, tmp_path, capsys):
+    """Its vocabulary is in another order and has a class that the model does not know."""
+    _, directory, _ = run
+    data = tmp_path / "data"
+    mask = np.repeat(np.arange(3, dtype=np.uint16), 11)[None].repeat(33, axis=0)
+    image = Image.fromarray(np.zeros((33, 33, 3), np.uint8))
+    image.save(tmp_path / "black.png")
+    content = (tmp_path / "black.png").read_bytes()
+    write_shard(data, 0, [Sample("a", content, "png", mask=mask)], num_classes=3)
+    finish(data, Vocabulary((CATEGORIES[3], Category("x9", "moon"), CATEGORIES[0])))
+    arguments = ["eval", "--checkpoint", directory, "--data", data]
+    message = fails(*arguments)
+    assert "1 of its 3 classes are unknown" in message and "--ignore-unknown" in message
+    command(*arguments, "--ignore-unknown", "--out", tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    groups = {row["uid"]: (row["group"], row["pixels"]) for row in scores["classes"]}
+    assert groups == {"n0": ("base", 33 * 11), "n3": ("novel", 33 * 11)}
+    assert "--out" in fails(*arguments, "--panels", 2)
+
+
+def test_bank_inspect_and_publish(run, tmp_path, capsys):
+    command("bank", "inspect", "--checkpoint", run[1], "--out", tmp_path / "bank")
+    printed = capsys.readouterr().out
+    assert "4 classes x 3 rows" in printed and "never" in printed and "coverage 75.0%" in printed
+    table = pq.read_table(tmp_path / "bank")
+    assert table["uid"].to_pylist() == ["n0", "n0", "n1", "n3", "n3"]
+    command("bank", "inspect", "--checkpoint", run[1], "--classes", "sun")
+    printed = capsys.readouterr().out
+    assert "sun" in printed and "green" not in printed
+
+
+def test_bank_search(run, pictures, tmp_path, capsys):
+    command("bank", "search", "--checkpoint", run[1], "--like", "sun")
+    first = [line for line in capsys.readouterr().out.splitlines() if "n" in line][1]
+    assert "n3" in first and "1.0000" in first
+    image = pictures / "one.jpg"
+    common = ["bank", "search", "--checkpoint", run[1]]
+    command(*common, "--image", image, "--at", 55, 39, "--rows", "--neighbours", 5)
+    assert capsys.readouterr().out.count("n0") == 2
+    command("bank", "inspect", "--checkpoint", run[1], "--out", tmp_path / "bank")
+    command(*common, "--bank", tmp_path / "bank", "--like", "n1")
+    assert "n1" in capsys.readouterr().out
+    assert "no rows of class 'n2'" in fails(*common, "--like", "blue")
+    assert "56 x 40 pixels" in fails(*common, "--image", image, "--at", 56, 0)
+    assert "give one of --like" in fails(*common)
+    assert "--at go together" in fails(*common, "--image", image)
+
+
+def test_a_run_without_a_memory(run, tmp_path):
+    root, _, _ = run
+    config = larvseg_config(root, tmp_path, engine=EngineConfig("torch"))
+    config = dataclasses.replace(config, method=dataclasses.replace(config.method, attention="off"))
+    space = build_label_space(config)
+    method = build_method(config, space)
+    engine = TorchEngine(method, config, torch.device("cpu"))
+    save(str(tmp_path / "run"), 1, engine, method.state(), config, space, keep=1)
+    assert "has no memory bank" in fails("bank", "inspect", "--checkpoint", tmp_path / "run")
+    command("eval", "--checkpoint", tmp_path / "run", "--panels", 1, "--out", tmp_path / "out")
+    assert len([*(tmp_path / "out").glob("panel-*.png")]) == 1
+
+
+def test_data_verify(run, tmp_path, capsys):
+    command("data", "verify", run[0] / "val")
+    assert "8 samples, 8 masks" in capsys.readouterr().out
+    assert "nowhere" in fails("data", "verify", tmp_path / "nowhere")
+
+
+def test_help_names_every_command(capsys):
+    for words, expected in (([], "predict"), (["bank"], "search"), (["predict"], "--classes")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--help"])
+        assert stopped.value.code == 0
+        assert expected in capsys.readouterr().out

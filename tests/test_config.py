@@ -1,0 +1,148 @@
+"""Configs: exact round trips, strict reading, checks at the boundary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import tyro
+from train.shards import larvseg_config
+
+from memseg_dist.config import (
+    EngineConfig,
+    LaunchConfig,
+    OptimizerConfig,
+    RunConfig,
+    ValidationConfig,
+    from_json,
+    to_json,
+    with_absolute_paths,
+)
+from memseg_dist.jsonable import flatten
+from memseg_dist.methods.classify import ClassifyConfig
+
+
+@pytest.fixture
+def config(tmp_path):
+    return larvseg_config(tmp_path, tmp_path / "out")
+
+
+def changed(config: RunConfig, path: str, value) -> str:
+    """The config's JSON with the value at the dotted `path` replaced or added."""
+    tree = json.loads(to_json(config))
+    *parents, last = path.split(".")
+    node = tree
+    for key in parents:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    node[last] = value
+    return json.dumps(tree)
+
+
+def test_json_round_trip_is_exact(config):
+    elastic = dataclasses.replace(config, launch=LaunchConfig("ray", workers=(1, 4)))
+    classify = dataclasses.replace(config, method=ClassifyConfig(), validation=None)
+    for each in (config, elastic, classify):
+        assert from_json(to_json(each)) == each
+
+
+@pytest.mark.parametrize(
+    "path, near",
+    [
+        ("optimizer.learning_rate", "'optimizer.learning_rate'; did you mean"),
+        ("stepps", "'stepps'; did you mean steps"),
+        ("method.warmup", "'method.warmup'; did you mean warm_up"),
+        ("sources.1.slot", "'sources.1.slot'; did you mean slots"),
+        ("sources.0.augment.crops", "'sources.0.augment.crops'; did you mean crop"),
+        ("validation.windows", "'validation.windows'; did you mean window"),
+    ],
+)
+def test_unknown_key_names_file_key_and_neighbours(config, path, near):
+    with pytest.raises(ValueError, match=rf"run\.json: unknown key {near}"):
+        from_json(changed(config, path, 1), "run.json")
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("steps", "many", r"steps is 'many'; it must be of type int"),
+        ("steps", True, r"steps is True; it must be of type int"),
+        ("optimizer.lr", 0, r"optimizer.lr is 0.0; it must be above 0"),
+        (
+            "optimizer.kind",
+            "adam",
+            r"optimizer.kind is 'adam'; it must be one of \['sgd', 'adamw'\]",
+        ),
+        (
+            "method.kind",
+            "rca",
+            r"method.kind is 'rca'; it must be one of \['classify', 'larvseg'\]",
+        ),
+        ("optimizer.betas", [0.9], r"optimizer.betas is \[0.9\]; it must be a list of 2"),
+        ("launch.workers", [1, 9], r"launch.workers 9 is more than the 5 slots.*at most 5"),
+        ("launch.workers", 0, r"launch.workers is 0; it must be 1 or more"),
+        ("engine.zero_stage", 3, r"zero_stage 3 is not supported.*use 2"),
+        ("validation.novel", ["n0"], r"validation.novel is \['n0'\]"),
+        ("every.log", 0, r"every.log is 0; it must be above 0"),
+        ("name", "a/b", r"name is 'a/b'; it must be a name without '/'"),
+        ("sources", [], r"sources is \(\); it must be at least one source"),
+        ("relabel", [{"source": "x", "path": "y"}], r"relabel is \['x'\]; it must be sources of"),
+    ],
+)
+def test_values_are_checked_with_key_and_value(config, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(changed(config, path, value), "run.json")
+
+
+def test_missing_key_and_broken_json_name_the_file(config):
+    tree = json.loads(to_json(config))
+    del tree["storage"]
+    with pytest.raises(ValueError, match=r"run\.json: the key 'storage' is missing"):
+        from_json(json.dumps(tree), "run.json")
+    with pytest.raises(ValueError, match=r"run\.json: not JSON"):
+        from_json("{", "run.json")
+
+
+def test_zero_stage_3_and_too_many_workers_are_refused_when_built(config):
+    with pytest.raises(ValueError, match="zero_stage 3"):
+        EngineConfig(zero_stage=3)
+    with pytest.raises(ValueError, match=r"6 is more than the 5 slots of the sources"):
+        dataclasses.replace(config, launch=LaunchConfig(workers=6))
+
+
+def test_a_stride_beyond_the_window_is_refused():
+    with pytest.raises(ValueError, match=r"stride 600 is larger than validation.window 512"):
+        ValidationConfig("val", mode="slide", stride=600)
+
+
+def test_paths_become_absolute_and_urls_stay(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = dataclasses.replace(
+        config, storage="runs", validation=ValidationConfig("s3://bucket/val")
+    )
+    absolute = with_absolute_paths(relative)
+    assert absolute.storage == str(tmp_path / "runs")
+    assert absolute.directory == str(tmp_path / "runs" / "run")
+    assert absolute.validation is not None and absolute.validation.path == "s3://bucket/val"
+
+
+def test_a_url_cannot_hold_the_cache(config):
+    remote = dataclasses.replace(config, storage="s3://bucket/runs")
+    with pytest.raises(ValueError, match=r"set loader.cache_dir to a local directory"):
+        _ = remote.cache_directory
+
+
+def test_flat_leaves_for_a_tracker(config):
+    flat = flatten(config)
+    assert flat["optimizer.lr"] == "0.02"
+    assert flat["sources.weak.slots"] == "2"
+    assert flat["method.kind"] == "larvseg"
+
+
+def test_command_line_changes_one_leaf(config):
+    arguments = ["--optimizer.lr", "0.5", "--launch.workers", "2", "--steps", "9"]
+    found = tyro.cli(
+        RunConfig, default=config, args=arguments, config=(tyro.conf.AvoidSubcommands,)
+    )
+    assert (found.optimizer.lr, found.launch.workers, found.steps) == (0.5, 2, 9)
+    assert found.optimizer == OptimizerConfig(lr=0.5, clip_norm=1.0)

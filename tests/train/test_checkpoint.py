@@ -1,0 +1,166 @@
+"""Checkpoints: whole or not chosen, unchanged or refused, readable at any number of workers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from train.tiny import Tiny, micro_batches, tiny_config
+
+from memseg_dist import dist
+from memseg_dist.batch import Clock
+from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
+from memseg_dist.memory.bank import Bank
+from memseg_dist.train.checkpoint import Checkpoint, latest, load, save
+from memseg_dist.train.engine import TorchEngine
+
+LABELS = LabelSpace.union({"source0": Vocabulary((Category("n1", "cat"), Category("n2", "dog")))})
+NUM_CLASSES = 7
+
+
+def make_engine() -> TorchEngine:
+    engine = TorchEngine(Tiny(), tiny_config(), torch.device("cpu"))
+    for batch, clock in micro_batches(0, dist.rank(), dist.size()):
+        engine.backward(sum(engine(batch, clock).values()), clock)
+    engine.step(0.1)
+    return engine
+
+
+def make_bank(table="sharded", dtype=torch.float32) -> Bank:
+    return Bank(NUM_CLASSES, 2, 3, table=table, dtype=dtype)
+
+
+def filled_bank(table="sharded", dtype=torch.float32) -> Bank:
+    """The same content at any number of ranks: rank 0 proposes everything."""
+    bank = make_bank(table, dtype)
+    for step in range(3):
+        if dist.rank() == 0:
+            rows = torch.arange(12.0).view(4, 3) + 100 * step
+            bank.propose([0, 2, 2, 6 - step], rows, Clock(step))
+        bank.commit(Clock(step))
+    return bank
+
+
+def write(directory, step=1, keep=3, table="sharded", dtype=torch.float32):
+    memories = {"memory": filled_bank(table, dtype), "other": filled_bank("local")}
+    path = save(directory, step, make_engine(), memories, tiny_config(), LABELS, keep=keep)
+    return path, memories["memory"].digest(values=True)
+
+
+def read(path, table="sharded", dtype=torch.float32):
+    engine, bank = make_engine(), make_bank(table, dtype)
+    step = load(Checkpoint(path), engine, {"memory": bank}, tiny_config(), LABELS)
+    return step, bank.digest(values=True), dict(engine.state().weights), bank.means
+
+
+@pytest.mark.parametrize("table", ["sharded", "local"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_by_two_read_by_one_and_three(process_pool, tmp_path, table, dtype):
+    directory = str(tmp_path / "c")
+    (path, _), _ = process_pool(2).run(write, directory, 4, 3, table, dtype)
+    ((step, alone, weights, means),) = process_pool(1).run(read, path, table, dtype)
+    reference = process_pool(1).run(write, str(tmp_path / "d"), 4, 3, table, dtype)[0][1]
+    assert step == 4 and alone == reference
+    for _, digest, _, other_means in process_pool(3).run(read, path, table, dtype):
+        torch.testing.assert_close(other_means, means, rtol=0, atol=0)
+        assert table == "local" or digest == reference
+    torch.testing.assert_close(weights, Checkpoint(path).weights(), rtol=0, atol=0)
+    names = {file.name for file in Path(path).iterdir()}
+    assert "memory-other-00000-of-00002.safetensors" in names
+    assert "memory-other-00001-of-00002.safetensors" not in names  # the same rows, written once
+
+
+def test_a_reader_takes_only_the_rows_it_needs(process_pool, tmp_path):
+    (path, _), *_ = process_pool(3).run(write, str(tmp_path))
+    reader = Checkpoint(path).reader("memory")
+    whole = reader("rows")
+    assert whole.shape == (NUM_CLASSES, 2, 3)
+    for start, stop in ((0, 2), (1, 6), (3, 3), (6, 7), (7, 7)):
+        torch.testing.assert_close(reader("rows", start, stop), whole[start:stop], rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"memory 'memory' has no tensor 'rowz'"):
+        reader("rowz")
+    with pytest.raises(ValueError, match=r"holds no memory 'teacher', only \['memory', 'other'\]"):
+        Checkpoint(path).reader("teacher")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "memory-memory-00001-of-00002.safetensors",
+        "run.json",
+    ],
+)
+def test_a_flipped_byte_is_refused_with_file_and_hashes(process_pool, tmp_path, name):
+    (path, _), _ = process_pool(2).run(write, str(tmp_path))
+    file = Path(path, name)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    hashes = r"SHA-256 is [0-9a-f]{64}, the manifest says [0-9a-f]{64}"
+    with pytest.raises(RuntimeError, match=rf"{name} is damaged: {hashes}; delete") as caught:
+        process_pool(2).run(read, path)
+    assert "rank 0" in str(caught.value) and "rank 1" in str(caught.value)  # none is left waiting
+
+
+def test_torn_checkpoints_are_passed_over_and_named(tmp_path, caplog):
+    directory = tmp_path / "c"
+    assert latest(str(directory)) is None
+    for step in (1, 2, 3, 4):
+        write(str(directory), step, keep=9)
+    (directory / "step-00000004" / "manifest.json").unlink()
+    cut = directory / "step-00000003" / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-5])
+    (directory / "step-00000005.tmp").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert latest(str(directory)) == str(directory / "step-00000002")
+    for name in ("step-00000003", "step-00000004", "step-00000005.tmp"):
+        assert f"incomplete checkpoint {directory / name}" in caplog.text
+    write(str(directory), 5)  # the torn one is no obstacle
+    assert latest(str(directory)) == str(directory / "step-00000005")
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    for step in (1, 2, 3):
+        write(str(tmp_path), step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_a_url_will_do():
+    path, digest = write("memory://run/checkpoints", 7)
+    assert latest("memory://run/checkpoints") == path
+    step, found, _, _ = read(path)
+    assert (step, found) == (7, digest)
+
+
+def test_one_ranks_write_error_reaches_all(process_pool, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match=r"cannot read or write.*") as caught:
+        process_pool(2).run(write, str(tmp_path / "file" / "c"))
+    assert "rank 0" in str(caught.value) and "rank 1" in str(caught.value)
+
+
+def test_nothing_is_pickled_and_safetensors_reads_it(tmp_path):
+    path, _ = write(str(tmp_path))
+    from safetensors.torch import load_file
+
+    for file in Path(path).iterdir():
+        if file.suffix == ".safetensors":
+            assert load_file(file)
+        else:
+            json.loads(file.read_text())
+        assert b"torch._utils" not in file.read_bytes()
+    saved = load_file(Path(path, "memory-memory-00000-of-00001.safetensors"))
+    torch.testing.assert_close(saved["rows"], filled_bank().state_dict()["rows"].tensor)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    path, _ = write(str(tmp_path))
+    manifest = Path(path, "manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match=r"manifest.json: format 2, this version reads 1"):
+        _ = Checkpoint(path).step
