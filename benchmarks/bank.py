@@ -2,8 +2,8 @@
 
     python benchmarks/bank.py [--json FILE]
 
-Ours (a ring of event means, sharded by class over W gloo ranks) against the paper's bank (every pixel
-stored, on every rank, never exchanged) and a plain training step of ViT-B/16 (two 320-pixel crops).
+Ours (a ring of event means, sharded by class over W gloo ranks) against the paper's bank (every
+pixel stored, on every rank, never exchanged) and a plain step of ViT-B/16 (two 320-pixel crops).
 Sixteen images a step with four labels each, M = 20, K = 20, D = 768. "read" scores two crops of 400
 positions against their eight labels. The limit is the step's vectors through the exchange once.
 """
@@ -11,7 +11,6 @@ positions against their eight labels. The limit is the step's vectors through th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import sys
@@ -128,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
-    table = Table("classes", "bank", "propose + commit (ms)", "read (ms)", "sent/rank/step (MB)",
+    table = Table("classes", "bank", "write (ms)", "read (ms)", "sent/rank/step (MB)",
                   "held/rank (MB)", title="The bank, one step")  # fmt: skip
     rows = []
 
@@ -146,9 +145,7 @@ def main() -> None:
     add(0, "ViT-B/16 step, 2 x 320 px", backbone_step(0))
     Console().print(table, measure.machine())
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": measure.machine(), "rows": rows}, indent=1)
-        )
+        measure.write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

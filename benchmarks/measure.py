@@ -33,7 +33,7 @@ def seconds(function: Callable[[], object], *, repeats: int = 5, warm_up: int = 
 
 
 def peak_mebibytes(function: Callable[[], object]) -> float:
-    """Extra memory at the worst moment of function(): allocator peak on CUDA, sampled RSS on CPU."""
+    """Extra memory at the worst moment: the allocator's peak on CUDA, sampled RSS on CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -84,6 +84,10 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def write_json(path: Path, rows: list[dict]) -> None:
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 def _synchronize() -> None:

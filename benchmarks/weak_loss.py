@@ -1,11 +1,11 @@
-"""Time and peak memory of LarvSeg's image-level losses at vocabularies up to the whole of ImageNet-21K.
+"""Time and peak memory of LarvSeg's image-level losses at vocabularies up to ImageNet-21K.
 
     python benchmarks/weak_loss.py [--json FILE]
 
 Ours against the literal computation (dense logits at half the crop, as the official code), a plain
 training step of the same backbone (ViT-B/16), and the floor: the one product that any full softmax
-over a projected class table needs (E Q forward, and its two backward products). Two 320-pixel crops,
-one with three labels and one with one, D = 768. Each figure comes from a process of its own.
+over a projected class table needs (E Q forward, and its two backward products). Two 320-pixel
+crops, one with three labels and one with one, D = 768. Each figure comes from a process of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WARM = 150
 
 
 class Features(nn.Module):
-    """Stands for the backbone: the losses alone are measured, down to the gradient of its output."""
+    """Stands for the backbone: the losses are measured, down to the gradient of its output."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -154,9 +154,7 @@ def main() -> None:
             table.add_row(f"{num_classes:,}", kind, *shown)
     Console().print(table, measure.machine())
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": measure.machine(), "rows": rows}, indent=1)
-        )
+        measure.write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

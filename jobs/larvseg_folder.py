@@ -50,10 +50,7 @@ class LarvSegFolder(Job):
         labelled = [
             Source(name, path, "labels", 2, 2, augment) for name, path in self._labels.items()
         ]
-        scored = self.vocabularies()["val"]
-        novel = tuple(scored.uids[index] for index in find_classes(scored, self.novel))
-        hidden = tuple(uid for uid in novel if uid in self.vocabularies()["masks"])
-        base = tuple(uid for uid in scored.uids if uid not in novel)
+        base, novel, hidden = self._groups() if self.novel else ((), (), ())
         return RunConfig(
             name="baseline_folder" if self.baseline else "larvseg_folder",
             storage="runs",
@@ -75,6 +72,14 @@ class LarvSegFolder(Job):
             steps=20_000,
             launch=LaunchConfig(workers=(1, 4)),
         )
+
+    def _groups(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """uids: base and novel classes of --val, and the novel ones that --masks has to hide."""
+        vocabularies = self.vocabularies()
+        scored = vocabularies["val"]
+        novel = tuple(scored.uids[index] for index in find_classes(scored, self.novel))
+        base = tuple(uid for uid in scored.uids if uid not in novel)
+        return base, novel, tuple(uid for uid in novel if uid in vocabularies["masks"])
 
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         if self.smoke:

@@ -77,11 +77,11 @@ class LarvSegScenes(Job):
                 base=tuple(base),
                 novel=tuple(novel),
             ),
-            steps=1000,
+            steps=800,
             optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.01, warmup_steps=30),
             launch=LaunchConfig(workers=2),
             loader=LoaderConfig(processes=1),
-            every=Intervals(log=25, evaluate=500, checkpoint=500),
+            every=Intervals(log=25, evaluate=400, checkpoint=400),
         )
 
     def draw(self, config: RunConfig) -> None:

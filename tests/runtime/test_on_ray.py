@@ -116,6 +116,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp
     assert losses(config) == pytest.approx(losses(undisturbed), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_users_mistake_comes_back_as_one_readable_message(cluster, tiny_data, tmp_path):
     config = tiny_run(tiny_data, tmp_path, launch=LaunchConfig("ray", workers=2, max_failures=0))
     missing = dataclasses.replace(config.sources[0], path=str(tmp_path / "not-there"))
@@ -136,11 +137,12 @@ def test_a_job_is_submitted_from_the_working_directory(tmp_path):
         "RAY_AUTH_TOKEN": "f" * 64,
     }
     environment.pop("RAY_ADDRESS", None)
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     head = subprocess.Popen(
         [
             *(scripts / "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}"),
             *(f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
+            f"--dashboard-agent-listen-port={ports[3]}",
         ],
         env=environment,
         start_new_session=True,
