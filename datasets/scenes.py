@@ -544,9 +544,10 @@ def _claim(config: Scenes) -> None:
     found = json.loads(path.read_text())
     other = {name: found.get(name) for name in drawn if found.get(name) != drawn[name]}
     if other:
+        wanted = {name: drawn[name] for name in other}
         raise ValueError(
-            f"{config.root} holds scenes drawn with {other}, now { ({n: drawn[n] for n in other}) } "
-            "is asked for: name another --root, or delete that folder"
+            f"{config.root} holds scenes drawn with {other}, now {wanted} is asked for: name "
+            "another --root, or delete that folder"
         )
 
 
