@@ -22,18 +22,19 @@ from memseg_dist.runtime.study import print_scores, read_scores, run
 ROOT = Path(__file__).resolve().parents[1]
 NET = shlex.split("""
     --backbone.name resnet18 --backbone.output-stride 8 --backbone.drop-path 0
-    --backbone.options channels [32,64,96,128] --crop 128 --launch.workers 2
+    --backbone.options channels [32,64,96,128] --crop 128
+    --launch.launcher local --launch.workers 2
     --loader.processes 1""")
 PRETRAIN = shlex.split("""
     --steps 1000 --optimizer.lr 2e-3 --optimizer.warmup-steps 50 --every.checkpoint 500
     --sources.0.batch-per-slot 16""")
 TRAIN = shlex.split("""
-    --steps 600 --optimizer.kind adamw --optimizer.lr 1e-3 --optimizer.weight-decay 0.01
+    --steps 400 --optimizer.kind adamw --optimizer.lr 1e-3 --optimizer.weight-decay 0.01
     --optimizer.warmup-steps 30 --optimizer.clip-norm 5 --method.cls-weight 0.4
     --method.aux-weight 0.4 --method.top-k 10 --method.warm-up 5 --method.distance-threshold 1
     --sources.0.slots 2 --sources.0.batch-per-slot 4 --sources.1.slots 1
     --sources.1.batch-per-slot 4 --sources.2.slots 1 --sources.2.batch-per-slot 4
-    --validation.mode whole --every.evaluate 600 --every.checkpoint 600 --every.log 25""")
+    --validation.mode whole --every.evaluate 400 --every.checkpoint 400 --every.log 25""")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from memseg_dist.runtime import local
 from memseg_dist.runtime.api import ConsoleTracker, Context, NullTracker, Tracker, Trackers
 from memseg_dist.runtime.folder import FolderTracker
 from memseg_dist.train.engine import EngineFactory, TorchEngine
-from memseg_dist.train.loop import train
+from memseg_dist.train.loop import newest_checkpoint, train
 
 
 def launch(config: RunConfig) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def launch(config: RunConfig) -> dict[str, Any]:
     """
     config = with_absolute_paths(config)
     check_writable(config.directory)
+    newest_checkpoint(config)
+    config = replace(config, resume="auto")  # asked once: restarted workers do go on
     config_json = to_json(config)
     worker = functools.partial(run_worker, tags=provenance())
     if config.launch.launcher == "ray":

@@ -16,7 +16,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, get_device
+from ray.train.v2._internal import constants
 from ray.train.v2.api import config as ray_config
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -87,10 +89,29 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
         ),
     )
     try:
-        result: Any = trainer.fit()
+        with _helpers_find_this_cluster():
+            result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise RunFailed(_text_of(error)) from None
     return json.loads(result.return_value)
+
+
+@contextmanager
+def _helpers_find_this_cluster() -> Iterator[None]:
+    """Names the cluster to Ray Train's helper actors, which look for one by themselves.
+
+    Where several clusters run on a machine they find none, or another, and wait for minutes.
+    """
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def connect(launch: LaunchConfig) -> None:

@@ -123,24 +123,30 @@ def build_loader(config: RunConfig, label_space: LabelSpace, context: Context) -
     )
 
 
-def resume(
-    config: RunConfig, engine: Engine, method: Method, label_space: LabelSpace
-) -> tuple[int, str | None]:
-    """Go on from the newest whole checkpoint: the steps done and its path. Collective."""
+def newest_checkpoint(config: RunConfig) -> str | None:
+    """Where the run would go on from. ValueError if `config.resume` does not allow that."""
     directory = join(config.directory, "checkpoints")
-    path = on_rank_0(lambda: latest(directory))
-    if path is None:
-        if config.resume == "must":
-            raise ValueError(
-                f"resume is 'must', but {directory} holds no whole checkpoint; check `storage` and "
-                "`name`, or start with resume auto"
-            )
-        return 0, None
-    if config.resume == "never":
+    path = latest(directory)
+    if path is None and config.resume == "must":
+        raise ValueError(
+            f"resume is 'must', but {directory} holds no whole checkpoint; check `storage` and "
+            "`name`, or start with resume auto"
+        )
+    if path is not None and config.resume == "never":
         raise ValueError(
             f"resume is 'never', but the run has the checkpoint {path}; give the run another name, "
             "delete it, or go on from it with resume auto"
         )
+    return path
+
+
+def resume(
+    config: RunConfig, engine: Engine, method: Method, label_space: LabelSpace
+) -> tuple[int, str | None]:
+    """Go on from the newest whole checkpoint: the steps done and its path. Collective."""
+    path = on_rank_0(lambda: newest_checkpoint(config))
+    if path is None:
+        return 0, None
     return load(Checkpoint(path), engine, method.state(), config, label_space), path
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -137,12 +139,14 @@ def test_a_job_is_submitted_from_the_working_directory(tmp_path):
         "RAY_AUTH_TOKEN": "f" * 64,
     }
     environment.pop("RAY_ADDRESS", None)
+    # its own folder: otherwise it would be "the current cluster" of every other Ray user here
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ports = [free_port() for _ in range(4)]
     head = subprocess.Popen(
         [
             *(scripts / "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}"),
             *(f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"),
-            f"--dashboard-agent-listen-port={ports[3]}",
+            *(f"--dashboard-agent-listen-port={ports[3]}", f"--temp-dir={folder}"),
         ],
         env=environment,
         start_new_session=True,
@@ -172,6 +176,7 @@ def test_a_job_is_submitted_from_the_working_directory(tmp_path):
             head.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "run finished" in done.stdout
     assert list(tmp_path.glob("*/checkpoints/step-00000004/manifest.json"))
