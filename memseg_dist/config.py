@@ -11,10 +11,11 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+import tyro
 
 from memseg_dist import jsonable
 from memseg_dist.batch import derive_seed
@@ -29,6 +30,13 @@ from memseg_dist.models.cosine import CosineClassifier
 
 MethodConfig: TypeAlias = LarvSegConfig | ClassifyConfig
 """Told apart by their field `kind`."""
+
+
+def _shortened(default: str) -> str:
+    return default if len(default) < 200 else "(default: a long list, set by the job)"
+
+
+Uids: TypeAlias = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint=_shortened)]
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,9 @@ class ValidationConfig:
     """Side of a sliding window in pixels."""
     stride: int = 512
     """Step between windows in pixels."""
-    base: tuple[str, ...] = ()
+    base: Uids = ()
     """Class uids that had masks in training. Empty together with `novel`: only All is reported."""
-    novel: tuple[str, ...] = ()
+    novel: Uids = ()
     """Class uids that never had a mask in training."""
     max_images: int | None = None
     """Evaluate on the first so many images only."""
