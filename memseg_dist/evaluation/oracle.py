@@ -13,11 +13,11 @@ pixels of the truth, P points of one class.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,11 +46,14 @@ class OracleResult:
     num_points: int
 
     def mean(self, group: str = "all") -> float:
-        return statistics.fmean(run.miou(group) for run in self.runs)
+        return float(np.mean(self._values(group)))
 
     def std(self, group: str = "all") -> float:
-        values = [run.miou(group) for run in self.runs]
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        return float(np.std(self._values(group), ddof=1)) if len(self.runs) > 1 else 0.0
+
+    def _values(self, group: str) -> list[float]:
+        """Per run; nan where no class of the group was shown."""
+        return [run.miou(group) for run in self.runs]
 
     def to_json(self) -> dict[str, Any]:
         groups = {

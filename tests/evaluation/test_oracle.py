@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from evaluation.stand_in import ColorMethod, Images, evaluated
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.evaluation import oracle
+from memseg_dist.evaluation.metrics import EvaluatedClass
 from memseg_dist.evaluation.oracle import (
     draw_points,
     evaluate_oracle,
@@ -86,6 +89,16 @@ def test_compact_features_score_100():
     )
     assert result.mean() == 100.0 and result.std() == 0.0
     assert result.runs[0].groups["all"].num_absent == 3
+
+
+def test_a_group_of_which_nothing_is_shown_is_nan():
+    shown = Images(1)
+    item = EvaluatedClass(999, "name:unseen", "unseen", "novel", None)
+    result = evaluate_oracle(
+        ColorMethod(), shown, [*evaluated()[:1], item], device="cpu", show_progress=False
+    )
+    assert math.isnan(result.mean("novel")) and math.isnan(result.std("novel"))
+    assert "nan" in result.table()
 
 
 def run_oracle():
