@@ -23,10 +23,11 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -495,7 +496,7 @@ def build(config: Scenes) -> None:
 
     ValueError if `root` holds scenes of other settings or cannot be written to.
     """
-    _claim(config)
+    claim(config)
     pending = [s for s in SPLITS if not (config.root / s / "index.parquet").exists()]
     tasks = [
         (config, split, number)
@@ -530,13 +531,9 @@ def _write(task: tuple[Scenes, str, int]) -> None:
     )
 
 
-def _claim(config: Scenes) -> None:
-    """Note in `root` what is drawn there; refuse to mix two settings."""
-    drawn = {
-        name: value
-        for name, value in asdict(config).items()
-        if name not in ("root", "processes", "preview")
-    }
+def claim(config: Any, free: Sequence[str] = ("root", "processes", "preview")) -> None:
+    """Note in `config.root` what is drawn there; refuse to mix two settings but for the `free`."""
+    drawn = {name: value for name, value in asdict(config).items() if name not in free}
     path = make_folder(config.root) / SETTINGS
     if not path.exists():
         write_atomically(path, json.dumps(drawn, indent=1).encode())

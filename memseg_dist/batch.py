@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,31 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+class Place(NamedTuple):
+    """Where the valid part of a crop lies in its stored image.
+
+    left, top, width, height: in units of the stored image's sides, 0..1. flipped: mirrored left to
+    right. rows, columns: the valid part is the crop's top left [rows, columns] pixels, padding is
+    right and below; 0 for a sample that was skipped, whose place is all zeros.
+
+    The centre of the crop's pixel (y, x), y < rows and x < columns, shows the point at
+    top + height * (y + 0.5) / rows down and left + width * (x + 0.5) / columns across
+    ((columns - 0.5 - x) / columns if flipped).
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+    flipped: bool
+    rows: int
+    columns: int
+
+
+NOWHERE = Place(0.0, 0.0, 0.0, 0.0, False, 0, 0)
+"""The place of a sample that could not be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One slot's samples; all from one data source, all of one size.
@@ -36,6 +61,9 @@ class Batch:
     labels: per image its label-space class ids, ascending; () where there are none. They stay on
         the host, so sizes that depend on them never cost a device synchronisation.
     skipped: how many of the B samples could not be read and were blanked (counted, reported).
+    places: per image where its crop lies in the stored image; () if whoever made the batch does
+        not say.
+    saliency: float32 [B, H, W] in 0..1, -1 on padding; None without `Source.saliency`.
     """
 
     images: Tensor
@@ -46,6 +74,8 @@ class Batch:
     supervision: Supervision
     keys: tuple[str, ...]
     skipped: int = 0
+    places: tuple[Place, ...] = ()
+    saliency: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -55,8 +85,9 @@ class Batch:
 
     def _map(self, function) -> Batch:
         masks = None if self.masks is None else function(self.masks)
+        saliency = None if self.saliency is None else function(self.saliency)
         images, valid = function(self.images), function(self.valid)
-        return dataclasses.replace(self, images=images, valid=valid, masks=masks)
+        return dataclasses.replace(self, images=images, valid=valid, masks=masks, saliency=saliency)
 
 
 @dataclass(frozen=True, slots=True)

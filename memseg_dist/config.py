@@ -13,22 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import numpy as np
-import torch
 import tyro
 
 from memseg_dist import jsonable
-from memseg_dist.batch import derive_seed
-from memseg_dist.data.files import read_bytes
 from memseg_dist.data.loader import Source
-from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
-from memseg_dist.methods.classify import Classify, ClassifyConfig
-from memseg_dist.methods.larvseg import LarvSeg, LarvSegConfig
-from memseg_dist.methods.method import Method
-from memseg_dist.models.backbone import BackboneConfig, build_backbone
-from memseg_dist.models.cosine import CosineClassifier
+from memseg_dist.methods.classify import ClassifyConfig
+from memseg_dist.methods.larvseg import LarvSegConfig
+from memseg_dist.methods.rca import RCAConfig
+from memseg_dist.methods.segment import SegmentConfig
+from memseg_dist.models.backbone import BackboneConfig
 
-MethodConfig: TypeAlias = LarvSegConfig | ClassifyConfig
+MethodConfig: TypeAlias = LarvSegConfig | RCAConfig | SegmentConfig | ClassifyConfig
 """Told apart by their field `kind`."""
 
 
@@ -59,10 +54,12 @@ class ValidationConfig:
     """Class uids that had masks in training. Empty together with `novel`: only All is reported."""
     novel: Uids = ()
     """Class uids that never had a mask in training."""
+    exclude: Uids = ()
+    """Class uids that neither compete nor are scored, as a background without a map."""
     max_images: int | None = None
     """Evaluate on the first so many images only."""
     num_panels: int = 4
-    """How many images are drawn as image | truth | prediction | attention."""
+    """How many images are drawn as image | truth | prediction | maps."""
 
     def __post_init__(self) -> None:
         _positive(self, "window", "stride", "max_images")
@@ -79,32 +76,55 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """SGD or AdamW under a polynomial schedule, by step."""
+    """SGD or AdamW under a polynomial or a stepwise schedule, by step."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
     lr: float = 1e-3
     momentum: float = 0.9
     """SGD only."""
+    nesterov: bool = False
+    """SGD only."""
     weight_decay: float = 0.0
-    """Not applied to biases, norms and other tensors of fewer than two axes."""
+    """Not applied to biases, norms and other tensors of fewer than two axes, but see
+    `decay_norms_and_biases`."""
+    decay_norms_and_biases: bool = False
+    """Apply the weight decay to every tensor."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW only."""
+    schedule: Literal["poly", "step"] = "poly"
     power: float = 0.9
-    """lr(step) = (lr - min_lr) * (1 - step / steps) ** power + min_lr."""
+    """poly: lr(step) = (lr - min_lr) * (1 - step / steps) ** power + min_lr."""
     min_lr: float = 1e-5
+    """poly only."""
+    milestones: tuple[int, ...] = ()
+    """step: from each of these steps on the rate is `decay` times what it was."""
+    decay: float = 0.1
+    """step: factor on the rate at a milestone."""
     warmup_steps: int = 0
     """The learning rate rises linearly over so many steps."""
     clip_norm: float | None = None
     """Gradients are scaled down to this global L2 norm."""
     backbone_lr_scale: float = 1.0
     """Learning rate of the parameters under `backbone.`, relative to the others."""
+    bias_lr_scale: float = 1.0
+    """Further factor on the learning rate of every `bias` of one axis."""
 
     def __post_init__(self) -> None:
-        _positive(self, "lr", "clip_norm")
+        _positive(self, "lr", "clip_norm", "decay")
         _not_negative(
-            self, "momentum", "weight_decay", "power", "min_lr", "warmup_steps", "backbone_lr_scale"
-        )
-        _check(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"at most lr ({self.lr})")
+            self, "momentum", "weight_decay", "power", "min_lr", "warmup_steps",
+            "backbone_lr_scale", "bias_lr_scale",
+        )  # fmt: skip
+        if self.schedule == "poly":
+            wanted = f"at most lr ({self.lr})"
+            _check(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, wanted)
+            wanted = "empty unless optimizer.schedule is 'step'"
+            _check(not self.milestones, "optimizer.milestones", self.milestones, wanted)
+        ascend = all(one < next for one, next in zip((0, *self.milestones), self.milestones))
+        _check(ascend, "optimizer.milestones", self.milestones, "ascending steps above 0")
+        has_momentum = self.kind == "sgd" and self.momentum > 0
+        wanted = "False unless optimizer.kind is 'sgd' with momentum above 0"
+        _check(not self.nesterov or has_momentum, "optimizer.nesterov", self.nesterov, wanted)
 
 
 @dataclass(frozen=True)
@@ -280,79 +300,19 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return replace(
         config,
         storage=_absolute(config.storage),
-        sources=tuple(replace(source, path=_absolute(source.path)) for source in config.sources),
+        sources=tuple(
+            replace(
+                source,
+                path=_absolute(source.path),
+                saliency=source.saliency and _absolute(source.saliency),
+            )
+            for source in config.sources
+        ),
         backbone=replace(config.backbone, pretrained=weights),
         validation=validation and replace(validation, path=_absolute(validation.path)),
         loader=replace(config.loader, cache_dir=cache_dir and _absolute(cache_dir)),
         relabel=tuple(replace(item, path=_absolute(item.path)) for item in config.relabel),
     )
-
-
-def build_label_space(config: RunConfig) -> LabelSpace:
-    """The union of the sources' vocabularies, then that of the validation set."""
-    paths = {source.name: source.path for source in config.sources}
-    if config.validation is not None:
-        if config.validation.name in paths:
-            raise ValueError(
-                f"validation.name {config.validation.name!r} is the name of a source too; "
-                "rename one of them"
-            )
-        paths[config.validation.name] = config.validation.path
-    vocabularies = {
-        name: Vocabulary.load(f"{path.rstrip('/')}/vocabulary.json") for name, path in paths.items()
-    }
-    relabel = {item.source: _read_relabelling(item.path) for item in config.relabel}
-    return LabelSpace.union(vocabularies, relabel)
-
-
-def _read_relabelling(path: str) -> dict[str, Category]:
-    try:
-        value = json.loads(read_bytes(path))
-        return {
-            uid: Category(new["uid"], new["name"], tuple(new.get("synonyms", ())))
-            for uid, new in value.items()
-        }
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"relabelling {path}: {error!r}; it must be a JSON object "
-            '{local uid: {"uid": ..., "name": ..., "synonyms": [...]}}'
-        ) from error
-
-
-def build_method(
-    config: RunConfig, label_space: LabelSpace, device: torch.device | str = "cpu"
-) -> Method:
-    """The method with fresh weights, a pure function of the seed, on `device`."""
-    kept = {source.name: _is_kept(source, label_space) for source in config.sources}
-    classes = {name: label_space.classes(name)[mask] for name, mask in kept.items()}
-    multiplicity = {name: label_space.multiplicity(name)[mask] for name, mask in kept.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        backbone = build_backbone(config.backbone)
-        if isinstance(config.method, ClassifyConfig):
-            method: Method = Classify(
-                backbone, config.method, num_classes=len(label_space), classes=classes
-            )
-        else:
-            masked = [source.name for source in config.sources if source.supervision == "masks"]
-            method = LarvSeg(
-                backbone,
-                CosineClassifier(len(label_space), backbone.dim),  # type: ignore[arg-type]
-                config.method,
-                classes=classes,
-                multiplicity={name: multiplicity[name] for name in masked},
-                base_classes=sorted({int(index) for name in masked for index in classes[name]}),
-                num_slots=config.num_slots,
-                device=device,
-            )
-    backbone.set_activation_checkpointing(config.engine.activation_checkpointing)
-    return method.to(device)
-
-
-def _is_kept(source: Source, label_space: LabelSpace) -> np.ndarray:
-    """Which of the source's classes take part: an excluded one must not even be a negative."""
-    excluded = [label_space.vocabulary.index(uid) for uid in source.exclude]
-    return ~np.isin(label_space.classes(source.name), excluded)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

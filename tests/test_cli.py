@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from train.shards import CATEGORIES, larvseg_config, write_squares
 
+from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import Clock
 from memseg_dist.cli import main
-from memseg_dist.config import EngineConfig, build_label_space, build_method
+from memseg_dist.config import EngineConfig
 from memseg_dist.data.shards import Sample, finish, write_shard
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.train.checkpoint import save

@@ -75,8 +75,8 @@ def test_unknown_key_names_file_key_and_neighbours(config, path, near):
         ),
         (
             "method.kind",
-            "rca",
-            r"method.kind is 'rca'; it must be one of \['classify', 'larvseg'\]",
+            "unet",
+            r"method.kind is 'unet'; it must be one of \['classify', 'larvseg', ",
         ),
         ("optimizer.betas", [0.9], r"optimizer.betas is \[0.9\]; it must be a list of 2"),
         ("launch.workers", [1, 9], r"launch.workers 9 is more than the 5 slots.*at most 5"),
@@ -124,6 +124,14 @@ def test_paths_become_absolute_and_urls_stay(config, tmp_path, monkeypatch):
     assert absolute.storage == str(tmp_path / "runs")
     assert absolute.directory == str(tmp_path / "runs" / "run")
     assert absolute.validation is not None and absolute.validation.path == "s3://bucket/val"
+    assert [source.saliency for source in absolute.sources] == [None, None]
+    with_maps = tuple(
+        dataclasses.replace(source, saliency=maps)
+        for source, maps in zip(config.sources, ("maps", "s3://bucket/maps"), strict=True)
+    )
+    absolute = with_absolute_paths(dataclasses.replace(config, sources=with_maps))
+    found = [source.saliency for source in absolute.sources]
+    assert found == [str(tmp_path / "maps"), "s3://bucket/maps"]
 
 
 def test_a_url_cannot_hold_the_cache(config):

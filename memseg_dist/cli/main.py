@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
-from memseg_dist.cli import bank, predict, score
+from memseg_dist.cli import bank, label, predict, score
 from memseg_dist.data.verify import verify
 
 DESCRIPTION = "Use, score and inspect what a run has learned."
@@ -28,6 +28,7 @@ def commands() -> SubcommandApp:
     app, of_bank, of_data = SubcommandApp(), SubcommandApp(), SubcommandApp()
     app.command(name="predict")(predict.predict)
     app.command(name="eval")(score.score)
+    app.command(name="label")(label.label)
     of_bank.command(name="inspect")(bank.inspect)
     of_bank.command(name="search")(bank.search)
     of_data.command(name="verify")(data_verify)

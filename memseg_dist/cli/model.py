@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-import torch
 from tyro.conf import arg
 
-from memseg_dist.config import RunConfig, ValidationConfig, build_method
-from memseg_dist.data.files import exists, join
-from memseg_dist.data.vocabulary import LabelSpace, Vocabulary
+from memseg_dist.config import RunConfig, ValidationConfig
+from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.evaluation.lookup import find_classes
 from memseg_dist.evaluation.predict import Inference
-from memseg_dist.methods.method import Method
-from memseg_dist.train.checkpoint import MANIFEST, Checkpoint, latest
-from memseg_dist.train.engine import load_weights
+from memseg_dist.train.trained import Model, chosen_device, find_checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -58,17 +53,6 @@ class InferenceOptions:
         )
 
 
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint, opened."""
-
-    method: Method
-    config: RunConfig
-    label_space: LabelSpace
-    step: int
-    device: torch.device
-
-
 ModelFlags: TypeAlias = Annotated[ModelOptions, arg(name="")]
 InferenceFlags: TypeAlias = Annotated[InferenceOptions, arg(name="")]
 
@@ -78,43 +62,8 @@ def open_model(options: ModelOptions, *, with_memories: bool = False) -> Model:
 
     ValueError naming the flag, or the damaged file.
     """
-    device = _device(options.device)
-    checkpoint = find_checkpoint(options.checkpoint)
-    files = sorted(checkpoint.manifest["files"])
-    unused = ("optimizer",) if with_memories else ("optimizer", "memory-")
-    checkpoint.verify([name for name in files if not name.startswith(unused)])
-    config, label_space = checkpoint.config, checkpoint.label_space
-    backbone = dataclasses.replace(config.backbone, pretrained="")  # the checkpoint has them all
-    method = build_method(dataclasses.replace(config, backbone=backbone), label_space, device)
-    load_weights(method, checkpoint.weights())
-    for name, memory in sorted(method.state().items()) if with_memories else ():
-        memory.load_state_dict(checkpoint.reader(name))
-    return Model(method, config, label_space, checkpoint.step, device)
-
-
-def find_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint `path`, or the newest whole one of the run `path`."""
-    if exists(join(path, MANIFEST)):
-        return Checkpoint(path)
-    found = latest(join(path, "checkpoints")) or latest(path)
-    if found is None:
-        raise ValueError(
-            f"--checkpoint {path}: no whole checkpoint there; give a run's directory or one of its "
-            "checkpoints/step-*"
-        )
-    return Checkpoint(found)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: {reason}; use cpu or cuda") from error
-    return device
+    checkpoint, device = find_checkpoint(options.checkpoint), chosen_device(options.device)
+    return open_checkpoint(checkpoint, device, with_memories=with_memories)
 
 
 def chosen_classes(vocabulary: Vocabulary, wanted: str | None, flag: str) -> Sequence[int]:

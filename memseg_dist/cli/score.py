@@ -46,7 +46,7 @@ def score(
     Args:
         data: Folder or URL of the shards; by default the run's own validation set.
         out: Folder for scores.json, classes.txt and panels.
-        panels: How many pictures to draw as image | truth | prediction | attention, into --out.
+        panels: How many pictures to draw as image | truth | prediction | maps, into --out.
         max_images: Score the first so many images only.
         processes: Loader processes.
         ignore_unknown: Do not count pixels of classes that the model does not know.

@@ -1,4 +1,4 @@
-"""Paired augmentation of an image and its mask (LarvSeg's training pipeline, torchvision v2).
+"""Paired augmentation of an image, its mask and its saliency (LarvSeg's training pipeline).
 
 Resize, random crop, flip, photometric distortion, padding to the crop at the right and bottom. All
 randomness comes from the one seed that a call is given; no global generator is used or changed.
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from memseg_dist.batch import IGNORE
+from memseg_dist.batch import IGNORE, Place
 
 _CROP_TRIES = 10
 _BRIGHTNESS = 32.0  # added to 0..255
@@ -37,6 +37,8 @@ class AugmentConfig:
     scale_range: factors drawn uniformly. crop: side of the square output in pixels. flip: chance.
     category_max_ratio: a crop is drawn again (10 times at most) while one class covers this share
     of its known pixels; 1.0 = never look at the mask when choosing the crop.
+    keep_ratio: False stretches every image to a square of crop x scale pixels, whatever its ratio,
+    and `resize` is not used (RCA: 368 x 368 at scale 1).
     """
 
     resize: tuple[int, int] = (2048, 512)
@@ -45,6 +47,7 @@ class AugmentConfig:
     flip: float = 0.5
     photometric: bool = True
     category_max_ratio: float = 0.75
+    keep_ratio: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resize", tuple(self.resize))
@@ -63,11 +66,17 @@ class AugmentConfig:
 
 
 class Augmented(NamedTuple):
-    """image uint8 [3, C, C]; valid bool [C, C], False on padding; mask int32 [C, C] or None."""
+    """One crop and where it lies.
+
+    image uint8 [3, C, C]; valid bool [C, C], False on padding; mask int32 [C, C] or None; saliency
+    float32 [C, C] in 0..1, -1 on padding, or None.
+    """
 
     image: Tensor
     valid: Tensor
     mask: Tensor | None
+    place: Place
+    saliency: Tensor | None = None
 
 
 def fitted_size(
@@ -77,6 +86,14 @@ def fitted_size(
     long, short = max(resize) * scale, min(resize) * scale
     factor = min(long / max(height, width), short / min(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def resized_size(height: int, width: int, config: AugmentConfig, scale: float) -> tuple[int, int]:
+    """(height, width) of the image that crops are cut from."""
+    if config.keep_ratio:
+        return fitted_size(height, width, config.resize, scale)
+    side = max(1, int(config.crop * scale + 0.5))
+    return side, side
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -95,31 +112,47 @@ def augment(
     config: AugmentConfig,
     seed: int,
     crop_by_mask: bool = True,
+    saliency: Tensor | None = None,
 ) -> Augmented:
     """image uint8 [3, H, W], mask int32 [H, W] -> one training crop, a pure function of the rest.
 
-    crop_by_mask: whether `category_max_ratio` may look at the mask.
+    crop_by_mask: whether `category_max_ratio` may look at the mask. saliency: uint8 [H, W], cut as
+    the mask is; nothing is drawn for it, so the crop is the same with and without.
     """
     draw = random.Random(seed)  # its stream is the same in every version of Python
     crop = config.crop
     height, width = image.shape[1:]
     low, high = config.scale_range
-    new_height, new_width = fitted_size(
-        height, width, config.resize, low + (high - low) * draw.random()
-    )
+    new_height, new_width = resized_size(height, width, config, low + (high - low) * draw.random())
     rows, columns = nearest_indices(height, new_height), nearest_indices(width, new_width)
     looked_at = mask if crop_by_mask and config.category_max_ratio < 1 else None
     top, left = _crop_box(rows, columns, looked_at, config, draw)
     image = resize_image(image, (new_height, new_width))
     image = image[:, top : top + crop, left : left + crop]
-    if mask is not None:
-        mask = mask[rows[top : top + crop]][:, columns[left : left + crop]]
-    if draw.random() < config.flip:
-        image = functional.horizontal_flip_image(image)
-        mask = None if mask is None else functional.horizontal_flip_mask(mask)
+    rows, columns = rows[top : top + crop], columns[left : left + crop]
+    flipped = draw.random() < config.flip
+    if flipped:
+        image, columns = functional.horizontal_flip_image(image), columns.flip(0)
     if config.photometric:
         image = distort_colours(image, draw)
-    return _pad(image, mask, crop)
+    place = Place(
+        left / new_width,
+        top / new_height,
+        len(columns) / new_width,
+        len(rows) / new_height,
+        flipped,
+        len(rows),
+        len(columns),
+    )
+    return Augmented(
+        image=_padded(image, crop, 0),
+        valid=_padded(torch.ones(image.shape[1:], dtype=torch.bool), crop, False),
+        mask=None if mask is None else _padded(mask[rows][:, columns], crop, IGNORE),
+        place=place,
+        saliency=None
+        if saliency is None
+        else _padded(saliency[rows][:, columns].float() / 255, crop, -1),
+    )
 
 
 def _crop_box(
@@ -179,14 +212,9 @@ def _shift_colours(image: Tensor, gain: float, turn: float) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _pad(image: Tensor, mask: Tensor | None, crop: int) -> Augmented:
-    height, width = image.shape[1:]
-    padded = torch.zeros(3, crop, crop, dtype=torch.uint8)
-    padded[:, :height, :width] = image
-    valid = torch.zeros(crop, crop, dtype=torch.bool)
-    valid[:height, :width] = True
-    if mask is None:
-        return Augmented(padded, valid, None)
-    padded_mask = torch.full((crop, crop), IGNORE, dtype=mask.dtype)
-    padded_mask[:height, :width] = mask
-    return Augmented(padded, valid, padded_mask)
+def _padded(pixels: Tensor, crop: int, fill: int | bool) -> Tensor:
+    """[..., h, w] -> [..., C, C] with `fill` at the right and bottom."""
+    height, width = pixels.shape[-2:]
+    padded = pixels.new_full((*pixels.shape[:-2], crop, crop), fill)
+    padded[..., :height, :width] = pixels
+    return padded

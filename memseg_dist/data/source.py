@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memseg_dist.batch import IGNORE, Batch, Supervision, derive_seed
+from memseg_dist.batch import IGNORE, NOWHERE, Batch, Supervision, derive_seed
 from memseg_dist.data.augment import AugmentConfig, Augmented, augment
 from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.decode import CorruptSample
 from memseg_dist.data.index import Index
 from memseg_dist.data.order import Draw
 from memseg_dist.data.reader import Reader
+from memseg_dist.data.saliency import check_has_saliency, read_saliency
 from memseg_dist.data.vocabulary import LabelSpace
 
 
@@ -33,6 +34,8 @@ class Source:
     exclude: label-space uids whose pixels become IGNORE and whose labels are dropped.
     repeat_threshold: class-balanced order, see `order.repeat_factors`. group: shards that are
     shuffled together. on_corrupt: "skip" blanks a sample that cannot be read and counts it.
+    saliency: folder or fsspec URL of 8-bit grey PNGs <key>.png of the images' sizes, 255 = salient,
+    that are cut as the images are and become `Batch.saliency`.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Source:
     repeat_threshold: float | None = None
     group: int = 16
     on_corrupt: Literal["raise", "skip"] = "raise"
+    saliency: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
@@ -81,6 +85,8 @@ class SourceReader:
         self.index = Index.open(source.path, cache_dir)
         to_union = label_space.ids(source.name)
         check_source(source, self.index, len(to_union))
+        if source.saliency is not None:
+            check_has_saliency(source.saliency, self.index.key(0))
         excluded = [_excluded_id(uid, source, label_space) for uid in source.exclude]
         kept = np.where(np.isin(to_union, excluded), IGNORE, to_union).astype(np.int32)
         self._reader = Reader(self.index, ShardCache(cache_dir / "shards", cache_bytes), kept)
@@ -104,6 +110,9 @@ class SourceReader:
         masks = None
         if source.supervision == "masks":
             masks = torch.stack([known_mask(crop.mask) for crop in crops]).long()
+        saliency = None
+        if source.saliency is not None:
+            saliency = torch.stack([_known_saliency(crop) for crop in crops])
         return Batch(
             images=torch.stack([crop.image for crop in crops]),
             valid=torch.stack([crop.valid for crop in crops]),
@@ -113,6 +122,8 @@ class SourceReader:
             supervision=source.supervision,
             keys=tuple(keys),
             skipped=skipped,
+            places=tuple(crop.place for crop in crops),
+            saliency=saliency,
         )
 
     def _sample(self, draw: Draw, key: str) -> tuple[Augmented, tuple[int, ...]]:
@@ -120,8 +131,12 @@ class SourceReader:
         from_crop = source.labels_from == "crop"
         with_mask = not source.hide_mask or from_crop
         image, mask, labels = self._reader.read(draw.row, with_mask)
+        saliency = None
+        if source.saliency is not None:
+            saliency = read_saliency(source.saliency, key, (image.shape[1], image.shape[2]))
         seed = derive_seed(self._seed, "augment", draw.epoch, key, *_again(draw))
-        crop = augment(image, mask, source.augment, seed, crop_by_mask=not source.hide_mask)
+        by_mask = not source.hide_mask
+        crop = augment(image, mask, source.augment, seed, crop_by_mask=by_mask, saliency=saliency)
         if source.supervision == "none":
             return crop, ()
         return crop, classes_at_half_size(known_mask(crop.mask)) if from_crop else labels
@@ -137,6 +152,11 @@ def known_mask(mask: Tensor | None) -> Tensor:
     return mask
 
 
+def _known_saliency(crop: Augmented) -> Tensor:
+    assert crop.saliency is not None, "every sample of a source with saliency has a map"
+    return crop.saliency
+
+
 def classes_at_half_size(mask: Tensor) -> tuple[int, ...]:
     """The classes of an int [H, W] mask after nearest down-sampling to H/2 x W/2, ascending."""
     present = mask[::2, ::2].unique()
@@ -146,7 +166,8 @@ def classes_at_half_size(mask: Tensor) -> tuple[int, ...]:
 def _blank(crop: int) -> Augmented:
     mask = torch.full((crop, crop), IGNORE, dtype=torch.int32)
     valid = torch.zeros(crop, crop, dtype=torch.bool)
-    return Augmented(torch.zeros(3, crop, crop, dtype=torch.uint8), valid, mask)
+    image, saliency = torch.zeros(3, crop, crop, dtype=torch.uint8), torch.full((crop, crop), -1.0)
+    return Augmented(image, valid, mask, NOWHERE, saliency)
 
 
 def check_source(source: Source, index: Index, num_classes: int) -> None:

@@ -23,7 +23,7 @@ SEARCHED_PER_PANEL = 25
 
 @dataclass(frozen=True)
 class DrawnPanel:
-    """`image`: uint8 [H, W, 3]; `focus`: the class whose attention is shown."""
+    """`image`: uint8 [H, W, 3]; `focus`: the class whose maps are shown."""
 
     key: str
     focus: EvaluatedClass
@@ -41,7 +41,7 @@ def draw_panels(
     window: int = 512,
     stride: int = 512,
 ) -> list[DrawnPanel]:
-    """image | truth | prediction | attention of the same images each time. No collective: rank 0's.
+    """image | truth | prediction | maps of the same images each time. No collective: rank 0's.
 
     Images that show a novel class come first, each with another novel class in focus as far as
     there are enough; without novel classes the first images, with their largest class in focus.
@@ -57,14 +57,16 @@ def draw_panels(
             options = {"mode": mode, "window": window, "stride": stride}
             prediction = segment(method.predict, image, ids, **options)  # type: ignore[arg-type]
             small = F.interpolate(target[None, None].double(), size, mode="nearest")[0, 0].long()
-            attention = method.attention(image[None], [classes[focus].class_id])
+            maps = method.maps(image[None], [classes[focus].class_id])
             picture = panel(
                 image.permute(1, 2, 0).cpu().numpy(),
                 small.cpu().numpy(),
                 prediction.cpu().numpy(),
-                None if attention is None else upsample_positions(attention, size)[0].cpu().numpy(),
+                {
+                    f"{name}: {classes[focus].name}": upsample_positions(low, size)[0].cpu().numpy()
+                    for name, low in maps.items()
+                },
                 [item.name for item in classes],
-                attention_title=f"attention: {classes[focus].name}",
             )
             drawn.append(DrawnPanel(key, classes[focus], np.asarray(picture)))
     return drawn

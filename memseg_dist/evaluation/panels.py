@@ -1,4 +1,4 @@
-"""Pictures of label maps: overlays with a legend, and image | truth | prediction | attention rows.
+"""Pictures of label maps: overlays with a legend, and image | truth | prediction | maps rows.
 
 A class keeps its colour from picture to picture as long as no two classes of one picture collide;
 the colours within one picture are always distinct.
@@ -102,18 +102,18 @@ def panel(
     image: Pixels,
     truth: LabelMap | None,
     prediction: LabelMap,
-    attention: NDArray[np.floating] | None,
+    maps: Mapping[str, NDArray[np.floating]],
     names: Names,
     *,
-    attention_title: str = "attention",
+    prediction_title: str = "prediction",
     height: int = PANEL_HEIGHT,
     max_rows: int = 24,
 ) -> Image.Image:
-    """image | truth | prediction | attention, side by side, with titles and one legend for all.
+    """image | truth | prediction | maps, side by side, with titles and one legend for all.
 
-    attention: [H, W] in 0..1. What is None is left out.
+    truth: left out if None. maps: [H, W] in 0..1, by title.
     """
-    for what, values in (("truth", truth), ("prediction", prediction), ("attention", attention)):
+    for what, values in (("truth", truth), ("prediction", prediction), *maps.items()):
         if values is not None:
             _check_sizes(image, values, what)
     shown = np.unique(prediction) if truth is None else np.union1d(truth, prediction)
@@ -121,9 +121,8 @@ def panel(
     tiles = [("image", image)]
     if truth is not None:
         tiles.append(("truth", _blend(image, truth, colors, 0.75)))
-    tiles.append(("prediction", _blend(image, prediction, colors, 0.75)))
-    if attention is not None:
-        tiles.append((attention_title, heatmap(image, attention)))
+    tiles.append((prediction_title, _blend(image, prediction, colors, 0.75)))
+    tiles += [(title, heatmap(image, values)) for title, values in maps.items()]
     width = max(1, round(image.shape[1] * height / image.shape[0]))
     areas = _areas(
         prediction if truth is None else np.concatenate([truth.ravel(), prediction.ravel()])
@@ -144,9 +143,9 @@ def panel(
     return canvas
 
 
-def heatmap(image: Pixels, attention: NDArray[np.floating], alpha: float = 0.65) -> Pixels:
-    """`attention` [H, W] in 0..1, dark to bright, over the grey image: uint8 [H, W, 3]."""
-    position = np.clip(attention, 0, 1) * (len(HEAT) - 1)
+def heatmap(image: Pixels, values: NDArray[np.floating], alpha: float = 0.65) -> Pixels:
+    """`values` [H, W] in 0..1, dark to bright, over the grey image: uint8 [H, W, 3]."""
+    position = np.clip(values, 0, 1) * (len(HEAT) - 1)
     stops = np.arange(len(HEAT))
     heat = np.stack([np.interp(position, stops, HEAT[:, band]) for band in range(3)], axis=-1)
     grey = image.mean(axis=-1, keepdims=True)

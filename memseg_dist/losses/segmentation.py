@@ -50,9 +50,10 @@ def pixel_cross_entropy(
 class _PixelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features_BDhw, weight_ND, target_BHW, bias_N, strip_elements):
-        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wants_gradient = any(ctx.needs_input_grad)
         features_gradient = torch.zeros_like(features_BDhw)
         weight_gradient = torch.zeros_like(weight_ND)
+        bias_gradient = torch.zeros_like(weight_ND[:, 0])
         total = features_BDhw.new_zeros(())
         height, width = target_BHW.shape[1:]
         step = max(1, strip_elements // (weight_ND.shape[0] * width))
@@ -74,13 +75,15 @@ class _PixelCrossEntropy(torch.autograd.Function):
             if wants_gradient:
                 features_gradient[index] = torch.einsum("nhw,nd->dhw", low_gradient_Nhw, weight_ND)
                 weight_gradient += torch.einsum("nhw,dhw->nd", low_gradient_Nhw, features_Dhw)
-        ctx.save_for_backward(features_gradient, weight_gradient)
+                bias_gradient += low_gradient_Nhw.sum(dim=(1, 2))  # upsampling keeps a constant
+        ctx.save_for_backward(features_gradient, weight_gradient, bias_gradient)
         return total
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
-        features_gradient, weight_gradient = ctx.saved_tensors
-        return gradient * features_gradient, gradient * weight_gradient, None, None, None
+        features_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
+        gradients = (gradient * features_gradient, gradient * weight_gradient)
+        return *gradients, None, gradient * bias_gradient if ctx.needs_input_grad[3] else None, None
 
 
 def _strip(logits_NsW: Tensor, target_sW: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from memseg_dist import dist
 from memseg_dist.batch import Clock
+from memseg_dist.memory.proposals import Proposals
+from memseg_dist.memory.publish import publish_rows
 from memseg_dist.memory.ring import ring_means, ring_positions
 from memseg_dist.memory.rows import Reader, Rows
 from memseg_dist.memory.table import Table, TableKind
@@ -61,27 +63,22 @@ class Bank:
         self._totals = np.zeros(num_classes, dtype=np.int64)  # events ever, on every rank
         self._last_step = np.full(num_classes, -1, dtype=np.int64)
         self._events = np.full((len(self.owned), capacity, 3), -1, dtype=np.int64)
-        self._pending: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self._proposals = Proposals(1, self.means.new_empty(0, dim))
 
     def propose(self, class_ids: Sequence[int] | np.ndarray, rows: Tensor, clock: Clock) -> None:
-        """One slot's events: rows [n, D] of the classes class_ids [n], in the order of the batch.
-
-        A second proposal of the same slot replaces the first, so recomputed activations cannot
-        write twice; an idle clock's is dropped.
-        """
-        if clock.idle:
-            return
+        """One slot's events: rows [n, D] of the classes class_ids [n], in batch order."""
         ids = np.asarray(class_ids, dtype=np.int64)
-        assert rows.shape == (len(ids), self.dim), f"{len(ids)} classes, rows {tuple(rows.shape)}"
         assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < self.num_classes), ids
-        self._pending[clock.slot] = (ids, rows.detach())
+        self._proposals.add(ids[:, None], rows, clock)
 
     @torch.no_grad()
     def commit(self, clock: Clock) -> None:
         """Apply all ranks' proposals. Collective: ids go over the host, vectors over the device."""
-        class_E, event_E3, rows_ED = self._gather_proposals(clock)
+        ids_E1, origin_E2, rows_ED = self._proposals.gather()
+        class_E = ids_E1[:, 0]
         if len(class_E) == 0:
             return
+        event_E3 = np.insert(origin_E2, 0, clock.step, axis=1)
         position_E, survives_E = ring_positions(class_E, self._totals, self.capacity)
         is_owned_E = (class_E >= self.owned.start) & (class_E < self.owned.stop) & survives_E
         mine = np.flatnonzero(is_owned_E)
@@ -152,7 +149,7 @@ class Bank:
         self._events[:] = read("events", self.owned.start, self.owned.stop).numpy()
         self._totals[:] = totals.numpy()
         self._last_step[:] = read("last_step").numpy()
-        self._pending.clear()
+        self._proposals.clear()
         self.means.zero_()
         self._refresh(np.flatnonzero(self._totals))
 
@@ -161,50 +158,20 @@ class Bank:
 
         Columns: uid, slot (position in the ring), vector, count (rows of the class), last_step.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if len(uids) != self.num_classes:
-            raise ValueError(f"{len(uids)} uids for a bank of {self.num_classes} classes")
         owns = self.table.kind == "sharded" or dist.rank() == 0
         fill = np.minimum(self._totals[self.owned.start : self.owned.stop], self.capacity)
         fill = fill if owns else np.zeros_like(fill)
         local, slot = np.nonzero(np.arange(self.capacity) < fill[:, None])
-        vectors = self._rows.float().cpu().numpy()[local, slot]
-        vector = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.dim)
         class_ids = local + self.owned.start
-        columns = {
-            "uid": pa.array(np.asarray(uids, dtype=object)[class_ids], pa.string()),
-            "slot": pa.array(slot.astype(np.int32)),
-            "vector": vector,
-            "count": pa.array(fill[local]),
-            "last_step": pa.array(self._last_step[class_ids]),
-        }
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        name = f"bank-{dist.rank():05d}-of-{dist.size():05d}.parquet"
-        pq.write_table(pa.table(columns), directory / name)
-
-    def _gather_proposals(self, clock: Clock) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        """All events in (slot, row) order: class [E], (step, slot, row) [E, 3], vectors [E, D]."""
-        slots = sorted(self._pending)
-        local_ids = [self._pending[slot][0] for slot in slots]
-        header = [
-            np.stack([ids, np.full_like(ids, slot), np.arange(len(ids))], axis=1)
-            for slot, ids in zip(slots, local_ids)
-        ]
-        local_E3 = np.concatenate([np.empty((0, 3), np.int64), *header])
-        rows = [self._pending[slot][1].float() for slot in slots]
-        local_ED = torch.cat([self.means.new_empty(0, self.dim), *rows])
-        self._pending.clear()
-        counts = dist.all_gather(torch.tensor([len(local_E3)])).flatten().tolist()
-        header_E3 = dist.all_gather_ragged(torch.from_numpy(local_E3), counts).numpy()
-        rows_ED = dist.all_gather_ragged(local_ED, counts)
-        order = np.lexsort((header_E3[:, 2], header_E3[:, 1]))
-        header_E3 = header_E3[order]
-        step_E = np.full(len(order), clock.step, dtype=np.int64)
-        events_E3 = np.stack([step_E, header_E3[:, 1], header_E3[:, 2]], axis=1)
-        return header_E3[:, 0], events_E3, rows_ED[self._on_device(order)]
+        publish_rows(
+            directory,
+            uids,
+            num_classes=self.num_classes,
+            class_ids=class_ids,
+            slots=slot,
+            vectors=self._rows.float().cpu().numpy()[local, slot],
+            last_steps=self._last_step[class_ids],
+        )
 
     def _refresh(self, changed: np.ndarray) -> None:
         """Bring means and counts of the changed classes up to date; `changed` ascends."""

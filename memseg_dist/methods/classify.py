@@ -6,7 +6,7 @@ the class activation map, so the same evaluation applies. `jobs/pretrain_scenes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,16 @@ class Classify(Method):
     def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
         weight, bias = self.classifier.weight[classes], self.classifier.bias[classes]
         return LinearLogits(self.backbone(images).float(), weight, bias)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
+        """The class's activation map over its maximum; zero where no position speaks for it."""
+        index = torch.as_tensor(classes, device=images.device)
+        logits = self.predict(images, index)
+        own = torch.arange(len(index), device=images.device)
+        activation_Bhw = logits.dense()[own, own].relu()
+        peak_B11 = activation_Bhw.amax(dim=(1, 2), keepdim=True)
+        return {"activation": activation_Bhw / peak_B11.clamp_min(torch.finfo(peak_B11.dtype).tiny)}
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

@@ -337,6 +337,12 @@ class LarvSeg(Method):
             return {}
         return {f"memory/{name}": value for name, value in self.memory.summary(clock.step).items()}
 
+    def charts(self) -> dict[str, Tensor]:
+        if self.memory is None:
+            return {}
+        rows_C = self.memory.counts.view(self.num_scopes, -1).sum(dim=0)
+        return {"memory/rows per class": rows_C.float().cpu()}
+
     # ---------------------------------------------------------------- use
 
     @torch.no_grad()
@@ -353,17 +359,17 @@ class LarvSeg(Method):
         return LinearLogits(u_BLD.mT.unflatten(2, x_BDhw.shape[-2:]), weight_KD)
 
     @torch.no_grad()
-    def attention(self, images: Tensor, classes: Sequence[int]) -> Tensor | None:
-        """The map of Eq. 4 with no background class; a cold class's map is zero."""
+    def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
+        """The attention of Eq. 4 with no background class; a cold class's map is zero."""
         if self.memory is None:
-            return None
+            return {}
         x_BDhw = self.embed(images)
         index = torch.as_tensor(classes, device=images.device)
         score_BL = torch.einsum("bdhw,bd->bhw", x_BDhw, self.memory.means[index]).flatten(1)
         low_size = x_BDhw.shape[-2:]
         map_Bhw = attentive.attention_map(score_BL, torch.ones_like(score_BL, dtype=torch.bool),
                                           low_size, low_size)  # fmt: skip
-        return map_Bhw * (self.memory.counts[index] > 0)[:, None, None]
+        return {"attention": map_Bhw * (self.memory.counts[index] > 0)[:, None, None]}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Feature extractors: any timm model by name, uint8 pictures in, one feature map out.
+"""Feature extractors: uint8 pictures in, one feature map out.
+
+Any timm model by name, but "vgg16" and "resnet38" are our own: the nets of the weakly supervised
+papers, with an output stride of 8.
 
 Shape letters: B images, H x W pixels, h x w positions, D channels.
 """
@@ -19,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from memseg_dist.models.batchnorm import record_batchnorm
+from memseg_dist.models.resnet38 import ResNet38
+from memseg_dist.models.vgg import Vgg16
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,7 +32,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 @dataclass(frozen=True)
 class BackboneConfig:
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
-    """timm model name: a ViT, ResNet, ConvNeXt, ..."""
+    """timm model name: a ViT, ResNet, ConvNeXt, ...; vgg16 and resnet38 are this package's own."""
     pretrained: str = ""
     """'hub' (timm's own weights), a .safetensors file, or '' for random weights."""
     image_size: int = 512
@@ -35,11 +40,13 @@ class BackboneConfig:
     output_stride: int | None = None
     """8, 16 or 32 for convolutional nets (dilated as needed); None keeps the net's own."""
     drop_path: float = 0.1
-    """Stochastic depth rate of the last block, linear from 0 at the first."""
+    """Stochastic depth rate of the last block, linear from 0 at the first; vgg16 and resnet38 have
+    none."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     options: Mapping[str, str] = field(default_factory=dict)
-    """Further keyword arguments of the timm model, values as JSON, e.g. {"embed_dim": "192"}."""
+    """Further keyword arguments of the model, values as JSON, e.g. {"embed_dim": "192"}; of
+    resnet38 {"frozen": "true"}, of vgg16 and resnet38 {"width": "0.25"}."""
 
 
 TRANSFORMER_MODULES = tuple(
@@ -94,27 +101,51 @@ class Backbone(nn.Module):
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """ValueError for an unknown model name, a missing weight file or weights that do not fit."""
-    if not timm.is_model(config.name.split(".")[0]):
-        nearest = difflib.get_close_matches(config.name, timm.list_models(), n=3)
-        raise ValueError(f"backbone '{config.name}' is no timm model; nearest: {nearest}")
     options = {key: json.loads(value) for key, value in config.options.items()}
-    options["pretrained"] = config.pretrained == "hub"
-    if config.drop_path:
-        options["drop_path_rate"] = config.drop_path
     if config.output_stride is not None:
         options["output_stride"] = config.output_stride
     try:
-        entry = timm.model_entrypoint(config.name)
-        if entry.__module__ in TRANSFORMER_MODULES:
-            net, dim, stride = _transformer(config, options)
+        if config.name.split(".")[0] == "vgg16":
+            net, dim, stride = _vgg16(config, options)
+        elif config.name == "resnet38":
+            net, dim, stride = _resnet38(config, options)
         else:
-            net, dim, stride = _convolutional(config, options)
+            net, dim, stride = _timm(config, options)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"backbone '{config.name}' with {options}: {error}") from error
     backbone = Backbone(net, dim, stride, config.mean, config.std)
     if config.pretrained not in ("", "hub"):
         load_backbone(backbone, config.pretrained)
     return record_batchnorm(backbone)  # type: ignore[return-value]
+
+
+def _vgg16(config: BackboneConfig, options: dict) -> tuple[nn.Module, int, int]:
+    net = Vgg16(**options)
+    if config.pretrained == "hub":
+        whole: Any = timm.create_model(config.name, pretrained=True)
+        net.features.load_state_dict(whole.features.state_dict())
+    return net, net.dim, net.stride
+
+
+def _resnet38(config: BackboneConfig, options: dict) -> tuple[nn.Module, int, int]:
+    if config.pretrained == "hub":
+        raise ValueError(
+            "backbone.pretrained is 'hub', but no hub has resnet38; give a .safetensors file of it"
+        )
+    net = ResNet38(**options)
+    return net, net.dim, net.stride
+
+
+def _timm(config: BackboneConfig, options: dict) -> tuple[nn.Module, int, int]:
+    if not timm.is_model(config.name.split(".")[0]):
+        nearest = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        raise ValueError(f"backbone '{config.name}' is no timm model; nearest: {nearest}")
+    options = options | {"pretrained": config.pretrained == "hub"}
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    if timm.model_entrypoint(config.name).__module__ in TRANSFORMER_MODULES:
+        return _transformer(config, options)
+    return _convolutional(config, options)
 
 
 def _transformer(config: BackboneConfig, options: dict) -> tuple[nn.Module, int, int]:

@@ -65,13 +65,15 @@ def commit_statistics(module: nn.Module) -> None:
         seen = layer.slot_statistics.seen
         zero = torch.zeros(2, layer.num_features, device=layer.running_mean.device)
         sums.append(sum((seen[slot] for slot in sorted(seen)), zero).flatten())
-    num_slots = sums[0].new_tensor([float(len(layers[0].slot_statistics.seen))])
+    num_slots = sums[0].new_tensor([float(len(layer.slot_statistics.seen)) for layer in layers])
     flat = dist.all_reduce_sum(torch.cat([num_slots, *sums]))
-    means = (flat[1:] / flat[0].clamp_min(1)).split([part.numel() for part in sums])
-    for layer, mean in zip(layers, means):
-        batch_mean, batch_variance = mean.view(2, -1)
-        layer.running_mean.lerp_(batch_mean, layer.slot_statistics.momentum)
-        layer.running_var.lerp_(batch_variance, layer.slot_statistics.momentum)
+    totals = flat[len(layers) :].split([part.numel() for part in sums])
+    for layer, count, total in zip(layers, flat, totals):
+        old = torch.stack([layer.running_mean, layer.running_var])
+        # a layer that no slot trained (frozen, or of another source) stays as it is
+        mean = torch.where(count > 0, total.view(2, -1) / count.clamp_min(1), old)
+        layer.running_mean.lerp_(mean[0], layer.slot_statistics.momentum)
+        layer.running_var.lerp_(mean[1], layer.slot_statistics.momentum)
         layer.num_batches_tracked.zero_()  # counts forwards, which depend on the workers
         layer.slot_statistics.seen.clear()
 

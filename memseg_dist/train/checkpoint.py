@@ -259,6 +259,8 @@ def _identity(config: RunConfig) -> dict[str, str]:
     value = {k: v for k, v in to_dict(config).items() if k not in (*FREE_KEYS, "every")}
     for source in (*value["sources"], *value["relabel"]):
         source.pop("path")
+    for source in value["sources"]:
+        source["saliency"] = source["saliency"] is not None  # whether, not where
     value["backbone"].pop("pretrained")  # where the first weights came from
     return flatten(value)
 

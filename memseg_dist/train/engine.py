@@ -12,7 +12,7 @@ slot weighs 0. `TorchEngine` is the plain twin that `runtime.on_deepspeed` is te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,6 +71,23 @@ def prepare_slot(method: Method, clock: Clock) -> None:
     """What every forward pass of a slot starts with, on any engine."""
     torch.manual_seed(clock.seed_for("forward"))  # dropout and drop-path: by slot, not by worker
     set_slot(method, None if clock.idle else clock.slot)
+
+
+def preview_step(
+    method: Method, slots: Sequence[tuple[Batch, Clock]], precision: str, clock: Clock
+) -> None:
+    """Let the method look at all slots of the step before their losses, if it wants to. Collective.
+
+    slots: this rank's, on the device.
+    """
+    if not method.previews(clock):
+        return
+    for batch, slot_clock in slots:
+        prepare_slot(method, slot_clock)
+        device_type = batch.images.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
+            method.preview(batch, slot_clock)
+    method.exchange(clock)
 
 
 def loss_weight(clock: Clock) -> float:

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from memseg_dist import dist
+from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import Clock
-from memseg_dist.config import RunConfig, build_label_space, build_method, to_json
+from memseg_dist.config import RunConfig, to_json
 from memseg_dist.data.files import join
 from memseg_dist.data.loader import TrainLoader
 from memseg_dist.data.vocabulary import LabelSpace
@@ -21,7 +22,7 @@ from memseg_dist.methods.method import Method
 from memseg_dist.models.batchnorm import commit_statistics
 from memseg_dist.runtime.api import Context, Tracker
 from memseg_dist.train.checkpoint import Checkpoint, latest, load, save
-from memseg_dist.train.engine import Engine, EngineFactory
+from memseg_dist.train.engine import Engine, EngineFactory, preview_step
 from memseg_dist.train.meters import History, Meter
 from memseg_dist.train.optim import learning_rate
 from memseg_dist.train.storage import make_writable, on_rank_0
@@ -70,15 +71,16 @@ def _train(
     evaluate_if_due()  # a run that was stopped between its checkpoint and its evaluation
     for slots, waited in timed(loader.steps(done, config.steps)):
         lr = learning_rate(config.optimizer, done, config.steps)
+        step_clock = Clock(done, num_slots=config.num_slots, seed=config.seed)
+        slots = [(batch.to(context.device), clock) for batch, clock in slots]
+        preview_step(method, slots, config.engine.precision, step_clock)
         for batch, clock in slots:
-            batch = batch.to(context.device)
             losses = engine(batch, clock)
             engine.backward(sum(losses.values()), clock)  # type: ignore[arg-type]
             meter.add_slot(batch, clock, losses)
         grad_norm = engine.step(lr)
         commit_statistics(method)
-        clock = Clock(done, num_slots=config.num_slots, seed=config.seed)
-        method.after_step(clock)
+        method.after_step(step_clock)
         meter.add_step(done, grad_norm, waited)
         done += 1
 
@@ -87,7 +89,7 @@ def _train(
         saves = is_last or is_stopping or done % every.checkpoint == 0
         if saves or done % every.log == 0:
             # the line first: a run that goes on from the checkpoint does not make it again
-            record(done, {"lr": lr, **meter.read(), **method.summary(clock)})
+            record(done, {"lr": lr, **meter.read(), **method.summary(step_clock)})
         if saves:
             checkpoint = save(
                 join(config.directory, "checkpoints"),

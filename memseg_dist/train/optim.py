@@ -13,20 +13,29 @@ STATE_KEYS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The rate of step 0 .. steps - 1: a linear warm-up times a polynomial decay to min_lr."""
-    decay = (1 - step / steps) ** config.power
-    lr = (config.lr - config.min_lr) * decay + config.min_lr
+    """The rate of step 0 .. steps - 1: a linear warm-up times the schedule.
+
+    "poly" decays polynomially to min_lr; "step" multiplies by `decay` at each milestone passed.
+    """
+    if config.schedule == "step":
+        lr = config.lr * config.decay ** sum(step >= milestone for milestone in config.milestones)
+    else:
+        decay = (1 - step / steps) ** config.power
+        lr = (config.lr - config.min_lr) * decay + config.min_lr
     if step < config.warmup_steps:
         lr *= (step + 1) / (config.warmup_steps + 1)
     return lr
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Groups by weight decay (none for tensors of fewer than two axes) and by rate scale."""
+    """Groups by weight decay (as a rule none for tensors of fewer than two axes) and rate scale."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(module):
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        is_decayed = parameter.ndim > 1 or config.decay_norms_and_biases
+        decay = config.weight_decay if is_decayed else 0.0
         scale = config.backbone_lr_scale if name.startswith("backbone.") else 1.0
+        if parameter.ndim <= 1 and name.split(".")[-1] == "bias":
+            scale *= config.bias_lr_scale
         groups.setdefault((decay, scale), []).append(parameter)
     if not groups:
         raise ValueError(f"{type(module).__name__} has no parameter to train")
@@ -35,7 +44,9 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
         for (decay, scale), parameters in groups.items()
     ]
     if config.kind == "sgd":
-        return torch.optim.SGD(options, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(
+            options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+        )
     return torch.optim.AdamW(options, lr=config.lr, betas=config.betas)
 
 

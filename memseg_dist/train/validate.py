@@ -1,4 +1,4 @@
-"""The evaluation of a training run: figures, the table per class, panels of its first images."""
+"""The evaluation of a training run: figures, table per class, panels of some images, charts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from memseg_dist.config import RunConfig
 from memseg_dist.data.index import Index
 from memseg_dist.data.loader import EvalDataset
 from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.evaluation.charts import draw_chart
 from memseg_dist.evaluation.draw import draw_panels
 from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes
 from memseg_dist.methods.method import Method
@@ -31,6 +32,7 @@ class Validator:
             settings.name,
             base=settings.base,
             novel=settings.novel,
+            exclude=settings.exclude,
             training_images=training_image_counts(config, label_space),
         )
         self.dataset = EvalDataset(
@@ -42,7 +44,7 @@ class Validator:
         )
 
     def __call__(self, method: Method, tracker: Tracker, step: int) -> dict[str, float]:
-        """All / Base / Novel mIoU and more, table and panels logged. Collective."""
+        """All / Base / Novel mIoU and more; table, panels and charts logged. Collective."""
         settings = self.settings
         is_bf16 = self.config.engine.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
@@ -59,6 +61,10 @@ class Validator:
             )
             if dist.rank() == 0:
                 self._draw(method, tracker, step)
+        charts = method.charts()
+        if dist.rank() == 0:
+            for name, values in charts.items():
+                tracker.log_image(f"charts/{name}", draw_chart(name, values.numpy()), step)
         dist.barrier()
         scores = result.scores
         if dist.rank() == 0:

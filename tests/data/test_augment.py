@@ -15,6 +15,7 @@ from memseg_dist.data.augment import (
     distort_colours,
     fitted_size,
     nearest_indices,
+    resized_size,
 )
 
 PLAIN = AugmentConfig(resize=(96, 64), crop=48, flip=0.5, photometric=False)
@@ -76,7 +77,8 @@ def test_a_pure_function_of_the_seed_that_leaves_the_global_generators_alone():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+    assert first.place == again.place
     assert not torch.equal(first.image, augment(image, mask, config, 8).image)
 
 
@@ -144,3 +146,65 @@ def test_hue_and_saturation_against_colorsys(gain, turn):
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match="augmentation: "):
         AugmentConfig(**settings)
+
+
+def ramp(height=90, width=120):
+    """An image whose red channel rises with the row, its green one with the column."""
+    rows = (torch.arange(height) + 0.5) / height * 200
+    columns = (torch.arange(width) + 0.5) / width * 200
+    image = torch.stack(torch.broadcast_tensors(rows[:, None], columns[None], torch.zeros(1, 1)))
+    return image.round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("keep_ratio", [True, False])
+def test_a_crop_is_where_its_place_says(keep_ratio):
+    """Within half a pixel of the stored image, plus the rounding of the ramp's colours."""
+    image = ramp()
+    mask = torch.arange(90 * 120).reshape(90, 120).int()
+    config = AugmentConfig((100, 70), (0.5, 2.0), 60, photometric=False, keep_ratio=keep_ratio)
+    sizes = set()
+    for seed in range(60):
+        made = augment(image, mask, config, seed, saliency=image[0])
+        place = made.place
+        assert made.valid[: place.rows, : place.columns].all()
+        assert made.valid.sum() == place.rows * place.columns
+        across = (torch.arange(place.columns) + 0.5) / place.columns
+        across = 1 - across if place.flipped else across
+        down = (torch.arange(place.rows) + 0.5) / place.rows
+        x, y = place.left + place.width * across, place.top + place.height * down
+        inside = made.image[:, : place.rows, : place.columns].float() / 200
+        border = 2  # rows and columns that antialiasing at the edge of the image can touch
+        wanted = torch.stack(torch.broadcast_tensors(y[:, None], x[None]))
+        differing = (inside[:2] - wanted).abs()[:, border:-border, border:-border]
+        assert differing.amax() < 1 / 90 + 0.5 / 200
+        stored = made.mask[: place.rows, : place.columns]
+        assert (stored // 120 - (y * 90)[:, None] + 0.5).abs().max() < 0.51
+        assert (stored % 120 - (x * 120)[None] + 0.5).abs().max() < 0.51
+        row = stored.long() // 120
+        grey = image[0, row, 0].float() / 255
+        assert torch.equal(made.saliency[: place.rows, : place.columns], grey)
+        assert (made.saliency[~made.valid] == -1).all()
+        sizes.add((place.flipped, place.rows, place.columns))
+    assert {flipped for flipped, _, _ in sizes} == {False, True}
+    assert {True, False} == {rows < 60 for _, rows, _ in sizes}
+
+
+def test_without_the_ratio_every_image_fills_the_crop():
+    config = AugmentConfig((2048, 512), (1.0, 1.0), 48, keep_ratio=False)
+    for height, width in ((30, 90), (90, 30), (7, 500)):
+        made = augment(torch.zeros(3, height, width, dtype=torch.uint8), None, config, 3)
+        assert made.valid.all()
+        flipped = made.place.flipped
+        assert made.place == (0.0, 0.0, 1.0, 1.0, flipped, 48, 48)
+    assert resized_size(30, 90, replace(config, crop=321), 1.25) == (401, 401)
+    assert resized_size(30, 90, replace(config, keep_ratio=True, resize=(60, 60)), 1) == (20, 60)
+
+
+def test_saliency_does_not_change_the_crop():
+    image, mask = checkerboard()
+    config = replace(PLAIN, photometric=True)
+    for seed in range(5):
+        with_it = augment(image, mask, config, seed, saliency=image[0])
+        without = augment(image, mask, config, seed)
+        assert torch.equal(with_it.image, without.image) and with_it.place == without.place
+        assert without.saliency is None

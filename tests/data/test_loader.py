@@ -54,9 +54,9 @@ def assert_same(ours, theirs):
     assert ours.keys() == theirs.keys()
     for place, batch in ours.items():
         other = theirs[place]
-        for name in ("labels", "source", "supervision", "keys", "skipped"):
+        for name in ("labels", "source", "supervision", "keys", "skipped", "places"):
             assert getattr(batch, name) == getattr(other, name), (place, name)
-        for name in ("images", "valid", "masks"):
+        for name in ("images", "valid", "masks", "saliency"):
             ours_tensor, other_tensor = getattr(batch, name), getattr(other, name)
             assert (ours_tensor is None) == (other_tensor is None)
             assert ours_tensor is None or torch.equal(ours_tensor, other_tensor), (place, name)

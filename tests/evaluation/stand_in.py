@@ -36,8 +36,12 @@ class ColorMethod(Method):
     def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
         return LinearLogits(self.embed(images), self.table[classes])
 
-    def attention(self, images: Tensor, classes) -> Tensor:
-        return torch.sigmoid(self.embed(images)[:, 0])
+    def maps(self, images: Tensor, classes) -> dict[str, Tensor]:
+        features = torch.sigmoid(self.embed(images))
+        return {"first": features[:, 0], "second": features[:, 1]}
+
+    def charts(self) -> dict[str, Tensor]:
+        return {"weight/norm per class": self.table.detach().norm(dim=1)}
 
 
 class Images:

@@ -56,22 +56,22 @@ def test_legend_grows_and_is_cut():
 
 
 @pytest.mark.parametrize("with_truth", [True, False])
-@pytest.mark.parametrize("with_attention", [True, False])
-def test_panel_has_one_tile_per_part(with_truth, with_attention):
+@pytest.mark.parametrize("num_maps", [0, 1, 2])
+def test_panel_has_one_tile_per_part(with_truth, num_maps):
     image = np.full((50, 50, 3), 90, np.uint8)
     prediction = np.zeros((50, 50), int)
     truth = np.full((50, 50), IGNORE) if with_truth else None
-    attention = np.linspace(0, 1, 2500).reshape(50, 50) if with_attention else None
-    picture = panel(image, truth, prediction, attention, NAMES, height=100)
-    num_tiles = 2 + with_truth + with_attention
+    maps = {f"map {i}": np.linspace(0, 1, 2500).reshape(50, 50) for i in range(num_maps)}
+    picture = panel(image, truth, prediction, maps, NAMES, height=100)
+    num_tiles = 2 + with_truth + num_maps
     assert picture.width == num_tiles * 108 + 230
     assert np.array_equal(
         np.asarray(picture),
-        np.asarray(panel(image, truth, prediction, attention, NAMES, height=100)),
+        np.asarray(panel(image, truth, prediction, maps, NAMES, height=100)),
     )
 
 
-def test_heatmap_brightens_with_attention():
+def test_heatmap_brightens_with_the_value():
     row = heatmap(np.zeros((1, 5, 3), np.uint8), np.linspace(0, 1, 5)[None])
     assert (np.diff(row.astype(int).sum(axis=-1)) > 0).all()
 
@@ -81,4 +81,6 @@ def test_sizes_must_agree():
     with pytest.raises(ValueError, match="label map has"):
         overlay(image, np.zeros((5, 4), int), NAMES)
     with pytest.raises(ValueError, match="uint8"):
-        panel(image.astype(float), None, np.zeros((4, 5), int), None, NAMES)
+        panel(image.astype(float), None, np.zeros((4, 5), int), {}, NAMES)
+    with pytest.raises(ValueError, match="cow: attention has"):
+        panel(image, None, np.zeros((4, 5), int), {"cow: attention": np.zeros((5, 4))}, NAMES)

@@ -75,7 +75,7 @@ def test_class_covariance_does_not_cancel_in_fp32():
 def test_pixel_cross_entropy(denominator, strip_elements, with_bias):
     features = torch.randn(2, 8, 3, 4, dtype=DOUBLE, requires_grad=True)
     weight = torch.randn(7, 8, dtype=DOUBLE, requires_grad=True)
-    bias = torch.randn(7, dtype=DOUBLE) if with_bias else None
+    bias = torch.randn(7, dtype=DOUBLE, requires_grad=True) if with_bias else None
     target = torch.randint(-1, 7, (2, 13, 16))
     got = pixel_cross_entropy(
         features,
@@ -92,9 +92,9 @@ def test_pixel_cross_entropy(denominator, strip_elements, with_bias):
     total = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
     expected = total / (target.numel() if denominator == "all" else (target >= 0).sum())
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    leaves = (features, weight, bias) if with_bias else (features, weight)
     for got_gradient, expected_gradient in zip(
-        torch.autograd.grad(3 * got, (features, weight)),
-        torch.autograd.grad(3 * expected, (features, weight)),
+        torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * expected, leaves)
     ):
         torch.testing.assert_close(got_gradient, expected_gradient, rtol=0, atol=1e-9)
 

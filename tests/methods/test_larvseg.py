@@ -197,7 +197,7 @@ def test_idle_slots_and_prediction_leave_the_memory_alone():
     method = build()
     method(weak_batch(0), Clock(0, idle=True))
     method.predict(weak_batch(0).images, torch.arange(NUM_CLASSES))
-    method.attention(weak_batch(0).images, [0, 1, 2, 3])
+    method.maps(weak_batch(0).images, [0, 1, 2, 3])
     method.after_step(Clock(0))
     assert method.memory.counts.sum() == 0
 
@@ -258,3 +258,15 @@ def test_the_weak_losses_keep_no_tensor_of_pixels_by_classes():
     num_pairs, num_positions = 7, GRID * GRID
     largest = max(shape.numel() for shape in kept if num_classes in shape)
     assert largest <= num_classes * max(num_pairs, DIM) < num_positions * num_classes
+
+
+def test_maps_and_charts_show_the_memory():
+    method, images = warmed(), weak_batch(0).images
+    shown = method.maps(images, [0, 1, 2, 3])["attention"]
+    assert shown.shape == (4, GRID, GRID) and shown.min() >= 0 and shown.max() <= 1
+    rows = method.charts()["memory/rows per class"]
+    assert torch.equal(rows, method.memory.counts.float())
+    per_slot = warmed(dataclasses.replace(SETTINGS, memory_scope="slot"), num_slots=2)
+    assert per_slot.charts()["memory/rows per class"].shape == (NUM_CLASSES,)
+    baseline = build(dataclasses.replace(SETTINGS, attention="off"))
+    assert not baseline.maps(images, [0, 1, 2, 3]) and not baseline.charts()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from memseg_dist import dist
 from memseg_dist.batch import Clock
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
 from memseg_dist.memory.bank import Bank
-from memseg_dist.train.checkpoint import Checkpoint, latest, load, save
+from memseg_dist.train.checkpoint import Checkpoint, check_same_run, latest, load, save
 from memseg_dist.train.engine import TorchEngine
 
 LABELS = LabelSpace.union({"source0": Vocabulary((Category("n1", "cat"), Category("n2", "dog")))})
@@ -164,3 +165,15 @@ def test_a_newer_format_is_refused(tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
     with pytest.raises(ValueError, match=r"manifest.json: format 2, this version reads 1"):
         _ = Checkpoint(path).step
+
+
+def test_maps_may_move_but_not_come_or_go(tmp_path):
+    def config(saliency):
+        made = tiny_config()
+        sources = tuple(replace(source, saliency=saliency) for source in made.sources)
+        return replace(made, sources=sources)
+
+    path = save(str(tmp_path), 1, make_engine(), {}, config("/old/maps"), LABELS, keep=1)
+    check_same_run(Checkpoint(path), config("s3://bucket/maps"), LABELS)
+    with pytest.raises(ValueError, match=r"saliency: True -> False"):
+        check_same_run(Checkpoint(path), config(None), LABELS)

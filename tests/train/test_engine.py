@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from train.tiny import NUM_SLOTS, Tiny, micro_batches, tiny_config
@@ -88,6 +90,27 @@ def test_any_engine_at_any_size_trains_alike(process_pool, reference, optimizer,
     # Adam divides by the root of tiny second moments: rounding of a gradient grows in the update
     assert_close(results[0][2], wanted_weights, 2e-6 if optimizer == "sgd" else 1e-4)
     assert_close(results[0][3], wanted_state, 2e-6 if optimizer == "sgd" else 1e-4)
+
+
+NESTEROV = OptimizerConfig(
+    kind="sgd", lr=0.1, weight_decay=0.01, nesterov=True, backbone_lr_scale=0.5, bias_lr_scale=2.0,
+    decay_norms_and_biases=True, schedule="step", milestones=(2,),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, stage, size", [("torch", 0, 2), ("deepspeed", 0, 2), ("deepspeed", 2, 3)]
+)
+def test_nesterov_and_rates_of_biases_train_alike_and_move_on(process_pool, kind, stage, size):
+    """The last two of four steps are taken by another engine, from the saved state."""
+    wanted, _, wanted_weights, wanted_state = run("torch", NESTEROV, 0)
+    first = process_pool(size).run(continue_run, kind, NESTEROV, stage, None, 0, 2)
+    second = process_pool(2).run(continue_run, "deepspeed", NESTEROV, 1, first[0][1], 2, 4)
+    assert_close(merged([*first, *second]), wanted)
+    assert_close(second[0][1][0], wanted_weights)
+    assert_close(second[0][1][1], wanted_state)
+    plain = run("torch", dataclasses.replace(NESTEROV, nesterov=False), 0)
+    assert plain[0] != wanted
 
 
 def test_the_gradient_is_the_mean_over_slots_of_an_explicit_sum():

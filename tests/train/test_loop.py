@@ -244,7 +244,8 @@ def test_panels_table_and_status_reach_the_tracker(whole, data, tmp_path):
     tracker = Watching()
     loop.train(config, Here(), tracker, TorchEngine)
     assert tracker.status == "finished"
-    assert [(name, step) for name, _, step in tracker.images] == [("panels/00", 1)]
+    names = [(name, step) for name, _, step in tracker.images]
+    assert names == [("panels/00", 1), ("charts/memory/rows per class", 1)]
     assert "novel" in tracker.texts["validation/step-00000001.txt"]
     assert from_json(tracker.texts["config.json"]) == config
 

@@ -30,6 +30,59 @@ def test_warm_up_rises_to_the_schedule():
     assert rates[3:] == [learning_rate(plain, step, 100) for step in (3, 4)]
 
 
+def test_stepwise_schedule_falls_at_its_milestones():
+    config = OptimizerConfig(lr=1e-3, schedule="step", milestones=(5, 10), warmup_steps=1)
+    rates = [learning_rate(config, step, 30) for step in range(30)]
+    assert rates[0] == pytest.approx(5e-4)
+    assert rates[1:5] == pytest.approx([1e-3] * 4)
+    assert rates[5:10] == pytest.approx([1e-4] * 5)
+    assert rates[10:] == pytest.approx([1e-5] * 20)
+    gentle = OptimizerConfig(lr=1.0, schedule="step", milestones=(2,), decay=0.5)
+    assert [learning_rate(gentle, step, 4) for step in range(4)] == [1.0, 1.0, 0.5, 0.5]
+    assert learning_rate(OptimizerConfig(lr=1.0, schedule="step"), 3, 4) == 1.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"milestones": (5,)}, r"milestones is \(5,\); it must be empty unless optimizer.schedule"),
+        (
+            {"schedule": "step", "milestones": (5, 5)},
+            r"\(5, 5\); it must be ascending steps above 0",
+        ),
+        (
+            {"schedule": "step", "milestones": (0, 5)},
+            r"\(0, 5\); it must be ascending steps above 0",
+        ),
+        ({"schedule": "step", "decay": 0.0}, "decay is 0.0; it must be above 0"),
+        ({"kind": "adamw", "nesterov": True}, "nesterov is True; it must be False unless"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov is True; it must be False unless"),
+        ({"bias_lr_scale": -1.0}, "bias_lr_scale is -1.0; it must be 0 or more"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)
+
+
+def test_biases_have_a_rate_of_their_own_and_everything_may_decay():
+    method = Tiny()
+    config = OptimizerConfig(
+        lr=2.0, weight_decay=0.1, backbone_lr_scale=0.5, bias_lr_scale=2.0,
+        decay_norms_and_biases=True, nesterov=True,
+    )  # fmt: skip
+    optimizer = build_optimizer(method, config)
+    set_learning_rate(optimizer, 2.0)
+    found = {
+        id(parameter): (group["weight_decay"], group["lr"], group["nesterov"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in method.named_parameters():
+        lr = (1.0 if name.startswith("backbone.") else 2.0) * (2 if name.endswith("bias") else 1)
+        assert found[id(parameter)] == (0.1, lr, True), name
+
+
 def test_groups_hold_every_parameter_once_with_its_decay_and_scale():
     method = Tiny()
     config = OptimizerConfig(lr=2.0, weight_decay=0.1, backbone_lr_scale=0.5)

@@ -1,0 +1,107 @@
+"""RCA on the generated scenes: from image labels to segmentation masks on a laptop.
+
+    python datasets/scenes.py --root data/scenes
+    python datasets/scenes_weak.py --root data/scenes_weak
+    python jobs/pretrain_scenes.py                       # the backbone of all three runs
+    python jobs/rca_scenes.py --baseline
+    python jobs/rca_scenes.py
+
+Cost: a quarter of an hour on two CPU cores, with two DeepSpeed workers on a local Ray cluster.
+Expected scores: docs/results.md; over seeds and variants: benchmarks/study_rca.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from larvseg_scenes import BACKBONE
+
+from memseg_dist.config import (
+    Intervals,
+    LaunchConfig,
+    LoaderConfig,
+    OptimizerConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from memseg_dist.data.augment import AugmentConfig
+from memseg_dist.data.loader import Source
+from memseg_dist.evaluation.fusion import FusionConfig
+from memseg_dist.methods.rca import RCAConfig
+from memseg_dist.methods.segment import SegmentConfig
+from memseg_dist.runtime.jobs import main, recipe
+from memseg_dist.runtime.road import BACKGROUND, Road
+
+AUGMENT = AugmentConfig(
+    crop=96, scale_range=(1.0, 1.0), keep_ratio=False, photometric=False, category_max_ratio=1.0
+)
+"""Flips alone: the scenes draw their own scales, colours and light."""
+METHOD = RCAConfig(gate=0.5, head_width=32, map_size=12)
+"""A gate of 0.7 lets hardly a region of these short runs pass (measured: 13 % of the rows)."""
+FUSION = FusionConfig(background_power=1.0, use_crf=False)
+"""A CRF goes by colour, which says nothing here; the power of 4 is meant for one."""
+
+
+@dataclass(frozen=True)
+class RcaScenes(Road):
+    """RCA on the generated scenes."""
+
+    data: str = "data/scenes_weak"
+    """Folder that datasets/scenes_weak.py wrote."""
+    backbone: str = "runs/pretrain_scenes/backbone.safetensors"
+    """Weights that jobs/pretrain_scenes.py wrote; '' for random ones."""
+    truth: str | None = "data/scenes_weak/train"
+    """Shards with masks of the training images: scores the pseudo masks."""
+
+    def config(self) -> RunConfig:
+        source = Source(
+            "weak", f"{self.data}/train", "labels", 2, 8, AUGMENT,
+            hide_mask=True, exclude=(BACKGROUND,), saliency=self.saliency,
+        )  # fmt: skip
+        return RunConfig(
+            name="oaa_scenes" if self.baseline else "rca_scenes",
+            storage="runs",
+            sources=(source,),
+            method=self.method(METHOD),
+            backbone=replace(BACKBONE, pretrained=self.backbone),
+            validation=ValidationConfig(
+                f"{self.data}/val", mode="whole", resize=(96, 96), exclude=(BACKGROUND,)
+            ),
+            steps=940,
+            optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.01, warmup_steps=30),
+            launch=LaunchConfig(workers=2),
+            loader=LoaderConfig(processes=1),
+            every=Intervals(log=47, evaluate=470, checkpoint=470),
+        )
+
+    def fusion(self) -> FusionConfig:
+        return FUSION
+
+    def segmenter(self, config: RunConfig, labels: str) -> RunConfig:
+        assert config.validation is not None
+        return replace(
+            config,
+            name=f"{config.name}_segmenter",
+            sources=(Source("pseudo", labels, "masks", 2, 8, AUGMENT),),
+            method=SegmentConfig(),
+            validation=replace(config.validation, exclude=()),
+            steps=600,
+            every=Intervals(log=50, evaluate=300, checkpoint=300),
+        )
+
+    def truth_of(self, config: RunConfig) -> str | None:
+        return config.sources[0].path if self.smoke else self.truth
+
+    def draw(self, config: RunConfig) -> None:
+        """A handful of scenes where a `--smoke` config looks for them."""
+        scenes = recipe("scenes_weak")
+        assert config.validation is not None
+        root = Path(config.sources[0].path).parent
+        scenes.build(scenes.ScenesWeak(root, train=32, val=4, processes=0))
+        (root / "train").rename(config.sources[0].path)
+        (root / "val").rename(config.validation.path)
+
+
+if __name__ == "__main__":
+    main(RcaScenes, __doc__)

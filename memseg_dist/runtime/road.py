@@ -1,0 +1,109 @@
+"""The road from image labels to a segmenter, as three runs of one job.
+
+    classifier   trains activation maps and accumulates them          STORAGE/NAME
+    labels       maps -> pseudo masks, written as shards              STORAGE/NAME/labels
+    segmenter    an ordinary run on those shards                      STORAGE/NAME_segmenter
+
+Each run resumes where it was, so a job that was stopped is started again by the same command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from memseg_dist.config import RunConfig
+from memseg_dist.evaluation.fusion import FusionConfig
+from memseg_dist.methods.rca import RCAConfig, released
+from memseg_dist.runtime.jobs import Job
+from memseg_dist.runtime.label import LabelConfig, label
+from memseg_dist.runtime.launch import build_tracker, launch, provenance
+
+Station = Literal["classifier", "labels", "segmenter"]
+BACKGROUND = "background"
+"""Uid of the background class in the recipes' vocabularies."""
+
+
+@dataclass(frozen=True)
+class Road(Job):
+    """RCA from image labels to a segmenter."""
+
+    preset: Literal["paper", "released"] = "paper"
+    """Choices where the paper and its public code differ; see methods/rca.py."""
+    baseline: bool = False
+    """The classifier without memory: the same maps, fusion and segmenter."""
+    saliency: str | None = None
+    """Folder of saliency maps KEY.png (8 bit, of the images' sizes) for the pseudo masks."""
+    truth: str | None = None
+    """Shards with masks of the training images: scores the pseudo masks."""
+    until: Station = "segmenter"
+    """The last of the three runs to make."""
+
+    def method(self, config: RCAConfig) -> RCAConfig:
+        """`config` as the options say."""
+        config = released(config) if self.preset == "released" else config
+        if self.baseline:
+            config = replace(config, contrast_weight=0.0, aggregation="off", noise=False)
+        return config
+
+    def fusion(self) -> FusionConfig:
+        """How maps become masks; the same for the baseline."""
+        return FusionConfig()
+
+    def segmenter(self, config: RunConfig, labels: str) -> RunConfig:
+        """The run on the shards `labels`, from the classifier's (maybe shrunk) config."""
+        raise NotImplementedError
+
+    def truth_of(self, config: RunConfig) -> str | None:
+        """Shards to score the pseudo masks against."""
+        return None if self.smoke else self.truth
+
+    def finish(self, config: RunConfig, result: Mapping[str, Any]) -> None:
+        if self.until == "classifier":
+            return
+        if "://" in config.storage:
+            raise ValueError(
+                f"--storage {config.storage} is a URL, which the pseudo masks cannot be written "
+                "to; use a shared folder, or --until classifier and then `memseg label`"
+            )
+        labels = str(Path(config.directory, "labels"))
+        tracker = build_tracker(replace(config, name=f"{config.name}_labels"), provenance())
+        report = label(
+            LabelConfig(
+                checkpoint=result["checkpoint"],
+                data=config.sources[0].path,
+                out=Path(labels),
+                saliency=self.saliency,
+                truth=self.truth_of(config),
+                fusion=self.fusion(),
+                workers=None if config.launch.launcher == "ray" else 0,
+            ),
+            tracker,
+        )
+        tracker.finish("finished")
+        print(report, flush=True)
+        if self.until == "segmenter":
+            segmenter = self.segmenter(config, labels)
+            launch(_shrunk_like(config, segmenter) if self.smoke else segmenter)
+
+
+def _shrunk_like(small: RunConfig, run: RunConfig) -> RunConfig:
+    """`run` at the size of another that is a `--smoke` already."""
+    augment = small.sources[0].augment
+    sources = tuple(
+        replace(source, augment=replace(source.augment, crop=augment.crop, resize=augment.resize))
+        for source in run.sources
+    )
+    validation = small.validation and replace(small.validation, exclude=())
+    return replace(
+        run,
+        sources=sources,
+        validation=validation,
+        backbone=small.backbone,
+        steps=small.steps,
+        every=small.every,
+        launch=small.launch,
+        loader=small.loader,
+    )

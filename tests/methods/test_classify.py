@@ -1,0 +1,37 @@
+"""Classification: its activation maps are those of its logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from memseg_dist.methods.classify import Classify, ClassifyConfig
+
+
+class Patches(nn.Module):
+    dim = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, self.dim, 8, 8)
+
+    def forward(self, images, valid=None):
+        return self.conv(images / 255)
+
+
+def test_a_map_is_the_positive_part_of_the_classs_logits_over_their_maximum():
+    torch.manual_seed(0)
+    method = Classify(
+        Patches(), ClassifyConfig(), num_classes=4, classes={"source": np.arange(4)}
+    ).eval()
+    with torch.no_grad():
+        method.classifier.bias[3] = -100  # nowhere
+    images = torch.randint(0, 256, (3, 3, 32, 40), dtype=torch.uint8)
+    found = method.maps(images, [2, 0, 3])["activation"]
+    logits = method.predict(images, torch.arange(4)).dense()
+    for image, class_id in enumerate([2, 0]):
+        expected = logits[image, class_id].clamp_min(0)
+        assert expected.max() > 0
+        torch.testing.assert_close(found[image], expected / expected.max())
+    assert found.shape == (3, 4, 5) and not found[2].any()

@@ -1,0 +1,150 @@
+"""Plain segmentation against F.cross_entropy of enlarged logits, and a run in which it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from train.shards import larvseg_config, write_squares
+from train.test_loop import Here
+
+from memseg_dist.batch import IGNORE, Batch, Clock
+from memseg_dist.config import EngineConfig, OptimizerConfig, from_json, to_json
+from memseg_dist.methods.segment import Segment, SegmentConfig
+from memseg_dist.models.deeplab import DeepLabV2Head
+from memseg_dist.runtime.api import NullTracker
+from memseg_dist.train import loop
+from memseg_dist.train.engine import TorchEngine
+
+NUM_CLASSES, DIM, SIZE, GRID = 7, 6, 24, 6
+IDS = np.array([1, 3, 4, 6])
+HEADS = [SegmentConfig(rates=(1, 2)), SegmentConfig(head="linear")]
+
+
+class Patches(nn.Module):
+    """A backbone that is nothing but one strided convolution."""
+
+    dim, stride = DIM, SIZE // GRID
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, DIM, self.stride, self.stride)
+
+    def forward(self, images, valid=None):
+        return self.conv(images / 255)
+
+
+def build(config: SegmentConfig) -> Segment:
+    torch.manual_seed(0)
+    method = Segment(Patches(), config, num_classes=NUM_CLASSES, classes={"masks": IDS})
+    with torch.no_grad():
+        for parameter in method.head.parameters():
+            parameter.normal_()
+    return method
+
+
+def batch(masks: torch.Tensor | None, source: str = "masks") -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    supervision = "labels" if masks is None else "masks"
+    valid = torch.ones(2, SIZE, SIZE, dtype=torch.bool)
+    return Batch(images, valid, masks, ((), ()), source, supervision, ("a", "b"))
+
+
+def random_masks() -> torch.Tensor:
+    masks = torch.from_numpy(IDS)[torch.randint(0, len(IDS), (2, SIZE, SIZE))]
+    return masks.masked_fill(torch.rand(masks.shape) < 0.3, IGNORE)
+
+
+@pytest.mark.parametrize("config", HEADS)
+@pytest.mark.parametrize("denominator", ["valid", "all"])
+def test_loss_and_gradients_equal_the_cross_entropy_of_enlarged_logits(config, denominator):
+    method = build(dataclasses.replace(config, seg_denominator=denominator))
+    masks = random_masks()
+    masks[0, 0] = 2  # a class that the source does not have: as good as unknown
+    got = method(batch(masks), Clock(0))["seg"]
+
+    low = method.predict.__wrapped__(method, batch(masks).images, torch.from_numpy(IDS)).dense()
+    logits = F.interpolate(low, (SIZE, SIZE), mode="bilinear", align_corners=False)
+    target = torch.full_like(masks, IGNORE)
+    for column, class_id in enumerate(IDS.tolist()):
+        target[masks == class_id] = column
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    known = int((target != IGNORE).sum())
+    expected = total / (known if denominator == "valid" else target.numel())
+    torch.testing.assert_close(got, expected)
+    parameters = list(method.parameters())
+    for one, other in zip(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_deeplab_head_is_the_sum_of_dilated_convolutions():
+    torch.manual_seed(0)
+    head = DeepLabV2Head(DIM, NUM_CLASSES, (1, 3))
+    features, ids = torch.randn(2, DIM, 9, 8), torch.tensor([5, 0])
+    expected = torch.zeros(2, NUM_CLASSES, 9, 8)
+    for rate, weight in zip((1, 3), head.weight):
+        convolution = nn.Conv2d(DIM, NUM_CLASSES, 3, padding=rate, dilation=rate)
+        convolution.weight, convolution.bias = nn.Parameter(weight), nn.Parameter(head.bias / 2)
+        expected = expected + convolution(features)
+    torch.testing.assert_close(head(features, ids), expected[:, ids])
+    with pytest.raises(ValueError, match=r"rates of the head are \(\)"):
+        DeepLabV2Head(DIM, NUM_CLASSES, ())
+
+
+@pytest.mark.parametrize("config", HEADS)
+def test_prediction_of_some_classes_is_a_part_of_that_of_all(config):
+    method, images = build(config), batch(None).images
+    every = method.predict(images, torch.arange(NUM_CLASSES)).dense()
+    assert every.shape == (2, NUM_CLASSES, GRID, GRID) and not every.requires_grad
+    some = method.predict(images, torch.tensor([5, 2]))
+    torch.testing.assert_close(some.dense(), every[:, [5, 2]])
+    torch.testing.assert_close(some.chunk(1, 2), every[:, [2]])
+    norm = method.embed(images).norm(dim=1)
+    torch.testing.assert_close(norm, torch.ones_like(norm))
+    assert method.maps(images, [0, 1]) == {} and method.charts() == {} and method.state() == {}
+
+
+@pytest.mark.parametrize("config", HEADS)
+def test_nothing_labelled_costs_nothing(config):
+    method = build(config)
+    loss = method(batch(torch.full((2, SIZE, SIZE), IGNORE)), Clock(0))["seg"]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not parameter.grad.any() for parameter in method.parameters())
+
+
+def test_a_source_without_masks_or_of_another_name_is_named():
+    method = build(HEADS[0])
+    with pytest.raises(ValueError, match=r"source 'masks' has supervision 'labels'.*use 'masks'"):
+        method(batch(None), Clock(0))
+    with pytest.raises(ValueError, match=r"source 'other' is not one of \['masks'\]"):
+        method(batch(random_masks(), "other"), Clock(0))
+
+
+@pytest.mark.parametrize("head", ["deeplabv2", "linear"])
+def test_a_run_learns(tmp_path, head):
+    write_squares(tmp_path / "masks", 16, 2, with_masks=True)
+    whole = larvseg_config(tmp_path, tmp_path / "out")
+    config = dataclasses.replace(
+        whole,
+        sources=whole.sources[:1],
+        validation=None,
+        method=SegmentConfig(head=head, rates=(1, 2)),
+        optimizer=OptimizerConfig(kind="adamw", lr=0.01, clip_norm=1.0),
+        engine=EngineConfig("torch"),
+        steps=12,
+    )
+    assert from_json(to_json(config)) == config
+    loop.train(config, Here(), NullTracker(), TorchEngine)
+    lines = Path(config.directory, "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss/masks/seg"] for line in lines]
+    assert len(losses) == 12 and np.mean(losses[-3:]) < 0.5 * losses[0]
