@@ -53,7 +53,9 @@ class PretrainFolder(Job):
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         return {f"labels_{number}": SMOKE_CLASSES for number in range(len(self.labels))}
 
-    def finish(self, config: RunConfig, result: Mapping[str, Any]) -> None:
+    def finish(
+        self, config: RunConfig, result: Mapping[str, Any], stages: Mapping[str, RunConfig]
+    ) -> None:
         path = Path(config.directory, "backbone.safetensors")
         save_trained_backbone(config, result["checkpoint"], path)
         print(f"backbone    {path}")

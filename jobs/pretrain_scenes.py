@@ -46,7 +46,9 @@ class PretrainScenes(Job):
     def draw(self, config: RunConfig) -> None:
         draw_scenes(config)
 
-    def finish(self, config: RunConfig, result: Mapping[str, Any]) -> None:
+    def finish(
+        self, config: RunConfig, result: Mapping[str, Any], stages: Mapping[str, RunConfig]
+    ) -> None:
         path = Path(config.directory, "backbone.safetensors")
         save_trained_backbone(config, result["checkpoint"], path)
         print(f"backbone    {path}")

@@ -71,7 +71,6 @@ class RcaCoco(Road):
         validation = replace(config.validation, resize=(513, 513), exclude=(), max_images=None)
         return replace(
             config,
-            name=f"{config.name}_segmenter",
             sources=(Source("pseudo", labels, "masks", 5, 2, SEGMENTER_AUGMENT),),
             method=SegmentConfig(),
             backbone=SEGMENTER_BACKBONE,

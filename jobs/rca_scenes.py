@@ -37,9 +37,9 @@ AUGMENT = AugmentConfig(
     crop=96, scale_range=(1.0, 1.0), keep_ratio=False, photometric=False, category_max_ratio=1.0
 )
 """Flips alone: the scenes draw their own scales, colours and light."""
-METHOD = RCAConfig(gate=0.5, head_width=32, map_size=12)
+METHOD = RCAConfig(contrast_weight=0.1, gate=0.5, head_width=32, map_size=12)
 """A gate of 0.7 lets hardly a region of these short runs pass (measured: 13 % of the rows)."""
-FUSION = FusionConfig(background_power=1.0, use_crf=False)
+FUSION = FusionConfig(background_power=0.25, use_crf=False)
 """A CRF goes by colour, which says nothing here; the power of 4 is meant for one."""
 
 
@@ -82,7 +82,6 @@ class RcaScenes(Road):
         assert config.validation is not None
         return replace(
             config,
-            name=f"{config.name}_segmenter",
             sources=(Source("pseudo", labels, "masks", 2, 8, AUGMENT),),
             method=SegmentConfig(),
             validation=replace(config.validation, exclude=()),

@@ -109,7 +109,6 @@ class RcaVoc(Road):
         assert config.validation is not None
         return replace(
             config,
-            name=f"{config.name}_segmenter",
             sources=(Source("pseudo", labels, "masks", 5, 2, SEGMENTER_AUGMENT),),
             method=SegmentConfig(),
             backbone=SEGMENTER_BACKBONE,

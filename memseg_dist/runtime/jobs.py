@@ -15,6 +15,7 @@ Every field of the job's RunConfig is a flag as well: `--steps`, `--launch.worke
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import sys
@@ -61,7 +62,15 @@ class Job:
     def prepare(self, config: RunConfig) -> None:
         """Write what the run reads beside its shards; before it starts."""
 
-    def finish(self, config: RunConfig, result: Mapping[str, Any]) -> None:
+    def stages(self, config: RunConfig) -> Mapping[str, RunConfig]:
+        """Further runs of this job after `config`, as they follow from it; each name is a prefix
+        of flags: `--NAME.steps`.
+        """
+        return {}
+
+    def finish(
+        self, config: RunConfig, result: Mapping[str, Any], stages: Mapping[str, RunConfig]
+    ) -> None:
         """What is left to do with a run that came to its end."""
 
     def draw(self, config: RunConfig) -> None:
@@ -84,30 +93,56 @@ def main(kind: type[Job], description: str | None = None) -> None:
         sys.exit(f"error: {error}")
 
     try:
-        config = with_absolute_paths(parse_overrides(kind, config, description))
+        config, stages = parse_overrides(kind, job, config, description)
         if job.smoke:
             job.draw(config)
         job.prepare(config)
         result = launch(config)
         if result["status"] == "finished":
-            job.finish(config, result)
+            job.finish(config, result, stages)
     except (ValueError, RunFailed) as error:
         sys.exit(f"error: {error}")
 
 
-def parse_overrides(kind: type[Job], config: RunConfig, description: str | None) -> RunConfig:
-    """`config` as the command line changes it; `--help` shows the job's own options too."""
+def parse_overrides(
+    kind: type[Job], job: Job, config: RunConfig, description: str | None
+) -> tuple[RunConfig, dict[str, RunConfig]]:
+    """`config` and the job's further stages as the command line changes them.
 
-    def parse(options, run):
-        return run
+    `--help` shows the job's own options too. A stage follows from the changed config before its own
+    flags change it.
+    """
 
-    parse.__annotations__ = {
-        "options": Annotated[kind, tyro.conf.arg(name="")],
-        "run": Annotated[RunConfig, tyro.conf.arg(name="")],
-        "return": RunConfig,
+    def parser(stages: Mapping[str, RunConfig]):
+        def parse(options, run, **stages):
+            return run, stages
+
+        parameters = {
+            "options": (Annotated[kind, tyro.conf.arg(name="")], kind()),
+            "run": (Annotated[RunConfig, tyro.conf.arg(name="")], config),
+        } | {name: (RunConfig, with_absolute_paths(stage)) for name, stage in stages.items()}
+        parse.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+                )
+                for name, (annotation, default) in parameters.items()
+            ]
+        )
+        parse.__annotations__ = {name: annotation for name, (annotation, _) in parameters.items()}
+        return parse
+
+    if not job.stages(config):
+        run, _ = tyro.cli(parser({}), description=description, config=_MARKERS)
+        return with_absolute_paths(run), {}
+    (run, _), _ = tyro.cli(
+        parser({}), config=_MARKERS, return_unknown_args=True, add_help=False, console_outputs=False
+    )
+    stages = job.stages(with_absolute_paths(run))
+    run, changed = tyro.cli(parser(stages), description=description, config=_MARKERS)
+    return with_absolute_paths(run), {
+        name: with_absolute_paths(stage) for name, stage in changed.items()
     }
-    parse.__defaults__ = (kind(), config)
-    return tyro.cli(parse, description=description, config=_MARKERS)
 
 
 def shrunk(config: RunConfig) -> RunConfig:

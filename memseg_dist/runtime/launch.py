@@ -66,11 +66,18 @@ def build_tracker(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
     trackers: list[Tracker] = [ConsoleTracker(), FolderTracker(config.directory)]
     if config.tracking.kind == "console":
         return Trackers(trackers)
+    mlflow = build_mlflow(config, tags)
+    mlflow.log_text("config.json", to_json(config))
+    return Trackers([*trackers, mlflow])
+
+
+def build_mlflow(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
+    """The run's MLflow alone: the run that it has already, if there is one."""
     from memseg_dist.runtime.on_mlflow import MlflowTracker
 
     uri = tracking_uri(config)
     is_ours = config.tracking.uri is None
-    mlflow = MlflowTracker(
+    return MlflowTracker(
         config.directory,
         uri=uri,
         experiment=config.tracking.experiment,
@@ -80,8 +87,6 @@ def build_tracker(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
         history=f"{config.directory}/metrics.jsonl",
         system_metrics=config.tracking.system_metrics,
     )
-    mlflow.log_text("config.json", to_json(config))
-    return Trackers([*trackers, mlflow])
 
 
 def tracking_uri(config: RunConfig) -> str:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 from memseg_dist.config import RunConfig
 from memseg_dist.evaluation.fusion import FusionConfig
 from memseg_dist.methods.rca import RCAConfig, released
+from memseg_dist.runtime.api import NullTracker, Tracker
 from memseg_dist.runtime.jobs import Job
 from memseg_dist.runtime.label import LabelConfig, label
-from memseg_dist.runtime.launch import build_tracker, launch, provenance
+from memseg_dist.runtime.launch import build_mlflow, launch, provenance
 
 Station = Literal["classifier", "labels", "segmenter"]
 BACKGROUND = "background"
@@ -53,14 +54,21 @@ class Road(Job):
         return FusionConfig()
 
     def segmenter(self, config: RunConfig, labels: str) -> RunConfig:
-        """The run on the shards `labels`, from the classifier's (maybe shrunk) config."""
+        """The run on the shards `labels`, from the classifier's config."""
         raise NotImplementedError
+
+    def stages(self, config: RunConfig) -> Mapping[str, RunConfig]:
+        segmenter = self.segmenter(config, labels_of(config))
+        segmenter = replace(segmenter, name=f"{config.name}_segmenter")
+        return {"segmenter": _shrunk_like(config, segmenter) if self.smoke else segmenter}
 
     def truth_of(self, config: RunConfig) -> str | None:
         """Shards to score the pseudo masks against."""
         return None if self.smoke else self.truth
 
-    def finish(self, config: RunConfig, result: Mapping[str, Any]) -> None:
+    def finish(
+        self, config: RunConfig, result: Mapping[str, Any], stages: Mapping[str, RunConfig]
+    ) -> None:
         if self.until == "classifier":
             return
         if "://" in config.storage:
@@ -68,13 +76,14 @@ class Road(Job):
                 f"--storage {config.storage} is a URL, which the pseudo masks cannot be written "
                 "to; use a shared folder, or --until classifier and then `memseg label`"
             )
-        labels = str(Path(config.directory, "labels"))
-        tracker = build_tracker(replace(config, name=f"{config.name}_labels"), provenance())
+        # the classifier's own MLflow run goes on
+        is_tracked = config.tracking.kind == "mlflow"
+        tracker: Tracker = build_mlflow(config, provenance()) if is_tracked else NullTracker()
         report = label(
             LabelConfig(
                 checkpoint=result["checkpoint"],
                 data=config.sources[0].path,
-                out=Path(labels),
+                out=Path(labels_of(config)),
                 saliency=self.saliency,
                 truth=self.truth_of(config),
                 fusion=self.fusion(),
@@ -85,8 +94,12 @@ class Road(Job):
         tracker.finish("finished")
         print(report, flush=True)
         if self.until == "segmenter":
-            segmenter = self.segmenter(config, labels)
-            launch(_shrunk_like(config, segmenter) if self.smoke else segmenter)
+            launch(stages["segmenter"])
+
+
+def labels_of(config: RunConfig) -> str:
+    """Where the pseudo masks of the classifier `config` go."""
+    return f"{config.directory}/labels"
 
 
 def _shrunk_like(small: RunConfig, run: RunConfig) -> RunConfig:

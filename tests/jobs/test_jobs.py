@@ -21,6 +21,9 @@ JOBS = {
     "larvseg_ade": "LarvSegAde",
     "larvseg_scenes": "LarvSegScenes",
     "larvseg_folder": "LarvSegFolder",
+    "rca_voc": "RcaVoc",
+    "rca_coco": "RcaCoco",
+    "rca_scenes": "RcaScenes",
     "pretrain_scenes": "PretrainScenes",
     "pretrain_folder": "PretrainFolder",
 }
@@ -110,6 +113,45 @@ def test_flags_override_the_config_and_unknown_ones_are_errors(job_kind, monkeyp
     assert "--baseline" in capsys.readouterr().err
 
 
+def test_rca_has_the_papers_settings(job_kind):
+    from memseg_dist.methods.rca import RCAConfig, released
+
+    config = job_kind("rca_voc")().config()
+    assert config.method == RCAConfig()
+    method = config.method
+    assert (method.contrast_weight, method.intermediate_weight, method.momentum) == (
+        0.01,
+        0.4,
+        0.99,
+    )
+    assert (method.gate, method.temperature, method.mixup_beta) == (0.7, 0.07, 8.0)
+    assert method.num_prototypes == 10 and method.capacity is None
+    assert sum(source.slots * source.batch_per_slot for source in config.sources) == 8
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.backbone_lr_scale, optimizer.bias_lr_scale) == (1e-2, 0.1, 2.0)
+    assert optimizer.nesterov and optimizer.milestones == (5 * 1323, 10 * 1323)
+    assert config.steps == 30 * 1323
+    code = job_kind("rca_voc")(preset="released").config().method
+    assert code == dataclasses.replace(released(), warmup_steps=2 * 1323)
+    baseline = job_kind("rca_coco")(baseline=True).config().method
+    assert (baseline.contrast_weight, baseline.aggregation) == (0.0, "off")
+
+
+def test_a_later_stage_follows_the_run_and_has_flags_of_its_own(job_kind, monkeypatch, tmp_path):
+    kind = job_kind("rca_voc")
+    seen = {}
+    monkeypatch.setattr(jobs, "launch", lambda config: {"status": "finished"})
+    monkeypatch.setattr(kind, "finish", lambda self, config, result, stages: seen.update(stages))
+    flags = ["--name", "mine", "--storage", str(tmp_path), "--seed", "3", "--steps", "70"]
+    run_main(kind, monkeypatch, *flags, "--segmenter.steps", "9", "--segmenter.seed", "4")
+    segmenter = seen["segmenter"]
+    assert (segmenter.name, segmenter.storage) == ("mine_segmenter", str(tmp_path))
+    assert (segmenter.steps, segmenter.seed) == (9, 4)
+    assert segmenter.sources[0].path == str(tmp_path / "mine" / "labels")
+    run_main(kind, monkeypatch, *flags)
+    assert (seen["segmenter"].steps, seen["segmenter"].seed) == (20_000, 3)
+
+
 def test_help_shows_the_jobs_options_and_every_key_of_the_config(job_kind, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         run_main(job_kind("larvseg_scenes"), monkeypatch, "--baseline", "--help")
@@ -131,9 +173,17 @@ def test_smoke(job_kind, monkeypatch, tmp_path, capsys, name):
     monkeypatch.chdir(tmp_path)
     flags = ["--launch.launcher", "local", "--launch.workers", "1", "--engine.kind", "torch"]
     run_main(job_kind(name), monkeypatch, "--smoke", "--tracking.kind", "console", *flags)
-    (run,) = (tmp_path / "runs").iterdir()
+    run, *segmenter = sorted((tmp_path / "runs").iterdir())
     assert (run / "checkpoints" / "step-00000004" / "manifest.json").exists()
-    assert f"run         {run}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"run         {run}" in printed
+    assert len(segmenter) == name.startswith("rca")
+    for directory in segmenter:
+        assert (run / "labels" / "index.parquet").exists()
+        assert any((run / "labels" / "panels").glob("*.png"))
+        assert (directory / "checkpoints" / "step-00000004" / "manifest.json").exists()
+        assert f"run         {directory}" in printed
+        assert ("mIoU" in printed) == (name == "rca_scenes")  # the others have no truth to compare
     assert (run / "backbone.safetensors").exists() == name.startswith("pretrain")
     assert any((run / "panels").glob("*.png")) != name.startswith("pretrain")
 
@@ -147,6 +197,6 @@ def test_smoke_through_ray_and_deepspeed(tmp_path, name):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (run,) = (path for path in (tmp_path / "runs").iterdir() if "smoke" in path.name)
+    run = min(path for path in (tmp_path / "runs").iterdir() if "smoke" in path.name)
     assert (run / "checkpoints" / "step-00000004" / "manifest.json").exists()
     assert "mlflow ui --backend-store-uri sqlite:///" in done.stdout

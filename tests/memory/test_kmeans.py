@@ -142,7 +142,7 @@ def test_repeated_rows_fill_as_many_clusters_as_there_are_distinct(engine):
         found = clusters.centroids[problem][clusters.counts[problem] > 0]
         if engine == "batched":
             assert len(found) == len(expected)
-        assert torch.cdist(expected, found).amin(1).max() < 1e-2
+        assert torch.cdist(expected, found).amin(1).max() < (1e-4 if engine == "batched" else 0.05)
 
 
 @pytest.mark.parametrize("engine", ["batched", "faiss"])
