@@ -21,6 +21,7 @@ from memseg_dist.data.augment import fitted_size, resize_image
 from memseg_dist.data.files import make_folder
 from memseg_dist.evaluation.predict import read_image
 from memseg_dist.memory.bank import Bank
+from memseg_dist.memory.region_bank import RegionBank
 from memseg_dist.memory.search import PublishedRows, RowSearch
 
 
@@ -40,15 +41,14 @@ def inspect(
     opened = open_model(model, with_memories=True)
     bank, vocabulary = _bank(opened), opened.label_space.vocabulary
     chosen = chosen_classes(vocabulary, classes, "--classes")
-    num_scopes = bank.num_classes // len(vocabulary)
-    state = bank.state_dict()
-    last = np.asarray(state["last_step"]).reshape(num_scopes, -1).max(axis=0)
-    events = np.asarray(state["totals"]).reshape(num_scopes, -1).sum(axis=0)
-    rows = bank.counts.cpu().numpy().reshape(num_scopes, -1).sum(axis=0)
+    per_class = bank.per_class()
+    num_scopes = len(per_class.rows) // len(vocabulary)
+    rows, events, last = (part.reshape(num_scopes, -1) for part in per_class)
+    rows, events, last = rows.sum(axis=0), events.sum(axis=0), last.max(axis=0)
     figures = bank.summary(opened.step)
     print(
-        f"step {opened.step}: {len(vocabulary)} classes x {bank.capacity * num_scopes} rows of "
-        f"{bank.dim} channels; fill {figures['fill']:.1%}, coverage {figures['coverage']:.1%}, "
+        f"step {opened.step}: {rows.sum():,} rows of {bank.dim} channels in {len(vocabulary)} "
+        f"classes; fill {figures['fill']:.1%}, coverage {figures['coverage']:.1%}, "
         f"staleness {figures['staleness']:.1f} steps"
     )
     table = Table("uid", "name", "rows", "events", "last step")
@@ -94,7 +94,7 @@ def search(
     with tempfile.TemporaryDirectory() as scratch:
         if bank is None:
             held = _bank(opened)
-            repeats = held.num_classes // len(vocabulary)
+            repeats = len(held.per_class().rows) // len(vocabulary)
             held.publish(scratch, list(vocabulary.uids) * repeats)
         published = PublishedRows.open(bank or scratch)
     means = published.class_means()
@@ -113,9 +113,9 @@ def search(
     Console().print(table)
 
 
-def _bank(model: Model) -> Bank:
+def _bank(model: Model) -> Bank | RegionBank:
     for memory in model.method.state().values():
-        if isinstance(memory, Bank):
+        if isinstance(memory, Bank | RegionBank):
             return memory
     raise ValueError("the method of this checkpoint has no memory bank (a baseline run?)")
 

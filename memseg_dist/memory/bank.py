@@ -28,7 +28,7 @@ from memseg_dist.batch import Clock
 from memseg_dist.memory.proposals import Proposals
 from memseg_dist.memory.publish import publish_rows
 from memseg_dist.memory.ring import ring_means, ring_positions
-from memseg_dist.memory.rows import Reader, Rows
+from memseg_dist.memory.rows import PerClass, Reader, Rows
 from memseg_dist.memory.table import Table, TableKind
 
 
@@ -100,6 +100,10 @@ class Bank:
             "coverage": float(seen.mean()),
             "staleness": float(staleness),
         }
+
+    def per_class(self) -> PerClass:
+        rows = np.minimum(self._totals, self.capacity)
+        return PerClass(rows, self._totals.copy(), self._last_step.copy())
 
     def digest(self, *, values: bool = False) -> str:
         """SHA-256 of what was written where and when, equal at any number of workers.

@@ -29,7 +29,7 @@ from memseg_dist.memory.contrast import RowContrast
 from memseg_dist.memory.proposals import Proposals
 from memseg_dist.memory.publish import publish_rows
 from memseg_dist.memory.regions import NO_ROW, Regions
-from memseg_dist.memory.rows import Reader, Rows
+from memseg_dist.memory.rows import PerClass, Reader, Rows
 from memseg_dist.memory.table import Table, TableKind
 
 Keying = Literal["image", "ring"]
@@ -207,10 +207,19 @@ class RegionBank:
 
     def counts(self) -> np.ndarray:
         """int64 [C]: rows set per class. Collective."""
-        counts = torch.zeros(self.regions.num_classes, dtype=torch.int64, device=self._rows.device)
-        _, sizes = self.set_rows()
-        counts[self.owned.start : self.owned.stop] = torch.tensor(sizes, device=counts.device)
-        return (counts if self.table.kind == "local" else dist.all_reduce_sum(counts)).cpu().numpy()
+        return self.per_class().rows
+
+    def per_class(self) -> PerClass:
+        """Collective."""
+        sums = torch.zeros(3, self.regions.num_classes, dtype=torch.int64, device=self._rows.device)
+        updates, last = self._updates[:-1].long(), self._last_step[:-1].long()
+        sums[0].index_add_(0, self._classes, self.is_set.long())
+        sums[1].index_add_(0, self._classes, updates)
+        sums[2].scatter_reduce_(0, self._classes, last + 1, "amax")  # 0: never
+        if self.table.kind == "sharded":
+            sums = dist.all_reduce_sum(sums)  # a class lies on one rank: its maximum too adds up
+        rows, events, after_last = sums.cpu().numpy()
+        return PerClass(rows, events, after_last - 1)
 
     def digest(self, *, values: bool = False) -> str:
         """SHA-256 of which rows were written, how often and when; values: of the vectors too.

@@ -8,8 +8,9 @@ new owner needs, so a bank saved by 8 ranks is read back by 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 
@@ -34,3 +35,11 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Rows | Tensor]: ...
 
     def load_state_dict(self, read: Reader) -> None: ...
+
+
+class PerClass(NamedTuple):
+    """Of each class, [C]: the rows set, the writes ever made, the step of the last one or -1."""
+
+    rows: np.ndarray
+    events: np.ndarray
+    last_step: np.ndarray
