@@ -13,10 +13,11 @@ import json
 import math
 import os
 import statistics
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import tyro
@@ -163,7 +164,9 @@ def main(study: Study) -> None:
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     known = {(row["variant"], row["seed"]) for row in done}
     todo = [(v, s) for s in study.seeds for v in study.variants if (v, s) not in known]
-    with ProcessPoolExecutor(study.processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        study.processes, get_context("spawn"), initializer=end_with_parent
+    ) as pool:
         futures = [pool.submit(run, study, variant, seed) for variant, seed in todo]
         bar = track(as_completed(futures), "runs", len(futures), console=Console(stderr=True))
         for future in bar:
@@ -219,6 +222,19 @@ def interval(differences: list[float]) -> str:
 def _mean_and_deviation(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}" if values else "-"
+
+
+def end_with_parent() -> None:
+    """A worker whose study was killed must not go on writing to its runs."""
+    parent = parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def prepare(study: Study) -> None:

@@ -48,7 +48,7 @@ class RcaCoco(Road):
     def config(self) -> RunConfig:
         source = Source(
             "coco", f"{self.data}/train", "labels", 4, 2, AUGMENT,
-            hide_mask=True, exclude=(BACKGROUND,), saliency=self.saliency,
+            hide_mask=True, exclude=(BACKGROUND,), saliency=self.saliency if self.eps else None,
         )  # fmt: skip
         return RunConfig(
             name="oaa_coco" if self.baseline else "rca_coco",

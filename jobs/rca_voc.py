@@ -8,7 +8,8 @@ DeepLabV2; not run here. Expected by the paper (VGG16): pseudo masks 71.4 mIoU o
 68.2), segmentation 70.6 on val (67.7). How the paper counts unknown pixels is not known: both
 readings are printed. Its saliency maps and CRF settings are not published either; without
 `--saliency` the background is what the maps leave. DeepLabV2 starts from ImageNet, not from a
-COCO segmentation model as some of the code that the paper builds on: that would leak masks.
+COCO segmentation model as some of the code that the paper builds on: that would leak masks. Its
+BatchNorm trains on slots of two crops, where DeepLabV2's usual setting freezes it.
 """
 
 from __future__ import annotations
@@ -77,19 +78,15 @@ class RcaVoc(Road):
     """Folder that datasets/voc2012.py wrote."""
     net: Literal["vgg16", "resnet38"] = "vgg16"
     """The classifier's backbone; resnet38 needs --backbone.pretrained FILE.safetensors."""
-    truth: str | None = "shards/voc2012/train"
-    """Shards with masks of the training images: scores the pseudo masks."""
 
     def config(self) -> RunConfig:
         source = Source(
             "voc", f"{self.data}/train_aug", "labels", 4, 2, AUGMENT,
-            hide_mask=True, exclude=(BACKGROUND,), saliency=self.saliency,
+            hide_mask=True, exclude=(BACKGROUND,), saliency=self.saliency if self.eps else None,
         )  # fmt: skip
         method = self.method(RCAConfig())
         if self.net == "resnet38":  # memory and attention over 4,096 channels buy nothing
             method = replace(method, reduce_to=512)
-        if self.preset == "released":
-            method = replace(method, warmup_steps=2 * EPOCH_STEPS)
         return RunConfig(
             name="oaa_voc" if self.baseline else "rca_voc",
             storage="runs",
@@ -104,6 +101,17 @@ class RcaVoc(Road):
             launch=LaunchConfig(workers=(1, 4)),
             every=Intervals(log=50, evaluate=5 * EPOCH_STEPS, checkpoint=EPOCH_STEPS),
         )
+
+    def truth_of(self, config: RunConfig) -> str | None:
+        return None if self.smoke else self.truth or f"{self.data}/train"
+
+    def prepare(self, config: RunConfig) -> None:
+        if config.backbone.name == "resnet38" and not config.backbone.pretrained:
+            raise ValueError(
+                "--net resnet38 needs --backbone.pretrained FILE.safetensors: half of it is frozen "
+                "and would stay random"
+            )
+        super().prepare(config)
 
     def segmenter(self, config: RunConfig, labels: str) -> RunConfig:
         assert config.validation is not None

@@ -12,6 +12,7 @@ from memseg_dist.config import RunConfig
 from memseg_dist.data.files import read_bytes
 from memseg_dist.data.loader import Source
 from memseg_dist.data.pairs import labelled_regions, steps_per_epoch
+from memseg_dist.data.source import excluded_id
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
 from memseg_dist.methods.classify import Classify, ClassifyConfig
 from memseg_dist.methods.larvseg import LarvSeg
@@ -120,13 +121,19 @@ def _larvseg(
 
 
 def training_set(config: RunConfig, label_space: LabelSpace) -> TrainingSet:
-    """What RCA knows of its sources. ValueError for a source that has no image labels."""
+    """What RCA knows of its sources. ValueError for what it cannot learn from or be scored by."""
     for source in config.sources:
         if source.supervision != "labels":
             raise ValueError(
                 f"source {source.name!r} has supervision {source.supervision!r}; RCA learns from "
                 "image labels alone: use 'labels'"
             )
+        if config.method.saliency_weight > 0 and source.saliency is None:  # type: ignore[union-attr]
+            raise ValueError(
+                f"source {source.name!r} has no saliency maps, which method.saliency_weight needs: "
+                "set its `saliency` folder"
+            )
+    _check_scored(config, label_space)
     regions = labelled_regions(config.sources, label_space, config.cache_directory)
     if len(regions) == 0:
         names = [source.name for source in config.sources]
@@ -138,7 +145,24 @@ def training_set(config: RunConfig, label_space: LabelSpace) -> TrainingSet:
     return TrainingSet(regions, epoch, config.steps)
 
 
+def _check_scored(config: RunConfig, label_space: LabelSpace) -> None:
+    """ValueError for a validation class that no source labels: it would have no map."""
+    if config.validation is None:
+        return
+    known = [label_space.classes(item.name)[_is_kept(item, label_space)] for item in config.sources]
+    scored = label_space.classes(config.validation.name)
+    uids = np.array(label_space.vocabulary.uids, dtype=object)
+    missing = set(uids[np.setdiff1d(scored, np.concatenate(known))]) - set(
+        config.validation.exclude
+    )
+    if missing:
+        raise ValueError(
+            f"the validation set {config.validation.path} has the classes {sorted(missing)[:8]}, "
+            "which no source labels: they have no activation map. Add them to validation.exclude"
+        )
+
+
 def _is_kept(source: Source, label_space: LabelSpace) -> np.ndarray:
     """Which of the source's classes take part: an excluded one must not even be a negative."""
-    excluded = [label_space.vocabulary.index(uid) for uid in source.exclude]
+    excluded = [excluded_id(uid, source, label_space) for uid in source.exclude]
     return ~np.isin(label_space.classes(source.name), excluded)

@@ -163,7 +163,11 @@ def test_eval_on_other_data(run, tmp_path, capsys):
 def test_bank_inspect_and_publish(run, tmp_path, capsys):
     command("bank", "inspect", "--checkpoint", run[1], "--out", tmp_path / "bank")
     printed = capsys.readouterr().out
-    assert "5 rows of 16 channels in 4 classes" in printed and "never" in printed and "coverage 75.0%" in printed
+    assert (
+        "5 rows of 16 channels in 4 classes" in printed
+        and "never" in printed
+        and "coverage 75.0%" in printed
+    )
     table = pq.read_table(tmp_path / "bank")
     assert table["uid"].to_pylist() == ["n0", "n0", "n1", "n3", "n3"]
     command("bank", "inspect", "--checkpoint", run[1], "--classes", "sun")

@@ -9,7 +9,7 @@ import numpy as np
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.index import Index
-from memseg_dist.data.source import Source
+from memseg_dist.data.source import Source, excluded_id
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.regions import Regions, image_id
 
@@ -19,18 +19,24 @@ def labelled_regions(
 ) -> Regions:
     """Every (label-space id, image) pair of the sources, without the classes they exclude.
 
-    About 2 s per million images. ValueError for an image key that occurs twice.
+    About 2 s per million images. ValueError naming an image key that two samples have.
     """
     classes, images = [], []
+    seen: list[np.ndarray] = []
     for source in sources:
         index = Index.open(source.path, cache_dir)
         to_union = label_space.ids(source.name)
-        excluded = [label_space.vocabulary.index(uid) for uid in source.exclude]
+        excluded = [excluded_id(uid, source, label_space) for uid in source.exclude]
         to_union = np.where(np.isin(to_union, excluded), IGNORE, to_union)
         of_image = np.diff(index.labels_offsets)
-        ids = [image_id(index.key(row)) if of_image[row] else 0 for row in range(len(index))]
+        keyed = ((row, index.key(row)) for row in np.flatnonzero(of_image).tolist())
+        ids = np.zeros(len(index), dtype=np.int64)
+        for row, key in keyed:
+            ids[row] = image_id(key)
+        _check_unique(ids[of_image > 0], index, source, seen)
+        seen.append(ids[of_image > 0])
         label = to_union[index.labels_values].astype(np.int64)
-        image = np.repeat(np.array(ids, dtype=np.int64), of_image)
+        image = np.repeat(ids, of_image)
         pairs = np.stack([label, image], axis=1)[label != IGNORE]
         pairs = np.unique(pairs, axis=0)  # several names of a source may be one class
         classes.append(pairs[:, 0])
@@ -38,8 +44,26 @@ def labelled_regions(
     return Regions.of_pairs(np.concatenate(classes), np.concatenate(images), len(label_space))
 
 
+def _check_unique(
+    ids: np.ndarray, index: Index, source: Source, before: Sequence[np.ndarray]
+) -> None:
+    """ValueError naming a key of `source` that it, or a source before it, has already."""
+    unique, counts = np.unique(ids, return_counts=True)
+    twice = np.concatenate(
+        [unique[counts > 1], *(np.intersect1d(unique, earlier) for earlier in before)]
+    )
+    if len(twice) == 0:
+        return
+    keys = (index.key(row) for row in range(len(index)))
+    key = next(key for key in keys if image_id(key) == twice[0])
+    raise ValueError(
+        f"source {source.name!r} at {source.path}: the image key {key!r} occurs twice in the "
+        "sources of this run; memories know images by their keys: give them different ones"
+    )
+
+
 def steps_per_epoch(sources: Sequence[Source], cache_dir: str | Path) -> int:
-    """Steps in which every image of every source is seen at least once."""
+    """Steps of about an epoch of the longest source: its images over the images of a step."""
     return max(
         -(-len(Index.open(source.path, cache_dir)) // (source.slots * source.batch_per_slot))
         for source in sources

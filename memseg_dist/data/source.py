@@ -87,7 +87,7 @@ class SourceReader:
         check_source(source, self.index, len(to_union))
         if source.saliency is not None:
             check_has_saliency(source.saliency, self.index.key(0))
-        excluded = [_excluded_id(uid, source, label_space) for uid in source.exclude]
+        excluded = [excluded_id(uid, source, label_space) for uid in source.exclude]
         kept = np.where(np.isin(to_union, excluded), IGNORE, to_union).astype(np.int32)
         self._reader = Reader(self.index, ShardCache(cache_dir / "shards", cache_bytes), kept)
         self._seed = seed
@@ -188,7 +188,7 @@ def check_source(source: Source, index: Index, num_classes: int) -> None:
     index.check_shards()
 
 
-def _excluded_id(uid: str, source: Source, label_space: LabelSpace) -> int:
+def excluded_id(uid: str, source: Source, label_space: LabelSpace) -> int:
     try:
         return label_space.vocabulary.index(uid)
     except KeyError as error:

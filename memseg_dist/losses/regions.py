@@ -14,6 +14,16 @@ from torch import Tensor
 RegionMask = Literal["mean", "softmax"]
 
 
+def valid_positions(valid_BHW: Tensor, low_size: tuple[int, int], stride: int) -> Tensor:
+    """bool [B, N]: positions of the feature map at least half of whose pixels are image.
+
+    Neither padding of the crop nor what a backbone adds to fill the last stride is.
+    """
+    height, width = low_size[0] * stride, low_size[1] * stride
+    missing = (0, width - valid_BHW.shape[2], 0, height - valid_BHW.shape[1])
+    return F.avg_pool2d(F.pad(valid_BHW.float(), missing), stride).flatten(1) >= 0.5
+
+
 def masked_mean(maps_BCN: Tensor, valid_BN: Tensor) -> Tensor:
     """Global average pooling over the positions that are not padding: [B, C]; 0 without any."""
     weight_BN = valid_BN.to(maps_BCN.dtype)

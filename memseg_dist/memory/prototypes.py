@@ -36,7 +36,8 @@ def find_prototypes(
     rows, sizes = bank.set_rows()
     owned = torch.tensor(bank.owned, dtype=torch.int64, device=rows.device)
     if per_class is None:
-        classes = owned.repeat_interleave(torch.tensor(sizes, device=rows.device))
+        counts = torch.tensor(sizes, dtype=torch.int64, device=rows.device)  # maybe of no class
+        classes = owned.repeat_interleave(counts)
         found = Prototypes(rows, classes, torch.ones_like(classes))
     else:
         seeds = [derive_seed(seed, "prototypes", class_id) for class_id in bank.owned]
@@ -49,8 +50,8 @@ def find_prototypes(
         )
     if bank.table.kind == "local" or dist.size() == 1:
         return found
-    counts = dist.all_gather(torch.tensor([len(found.vectors)])).flatten().tolist()
-    return Prototypes(*(dist.all_gather_ragged(part, counts) for part in found))
+    lengths = dist.all_gather(torch.tensor([len(found.vectors)])).flatten().tolist()
+    return Prototypes(*(dist.all_gather_ragged(part, lengths) for part in found))
 
 
 def cluster_sizes(prototypes: Prototypes) -> np.ndarray:

@@ -170,10 +170,11 @@ class RegionBank:
         same = (target[:, None] == target) & gate
         before, after = same.tril(-1).sum(dim=1), same.triu(1).sum(dim=1)
         is_new = self._updates[target] == 0
-        momentum = self._rows.new_tensor(self.momentum)
-        share = torch.where(is_new & (before == 0), 1.0, 1 - momentum) * momentum**after
+        share = torch.pow(self.momentum, after.to(self._rows.dtype))
+        share = torch.where(is_new & (before == 0), share, (1 - self.momentum) * share)
         count = same.sum(dim=1)
-        kept = torch.where(is_new, 0.0, momentum**count)[:, None] * self._rows[target]
+        decay = torch.pow(self.momentum, count.to(self._rows.dtype))
+        kept = torch.where(is_new, 0.0, decay)[:, None] * self._rows[target]
         blended = kept + (same * share).to(vectors.dtype) @ vectors
         # each row is written once, by its first gated event
         written = torch.where(gate & (before == 0), target, self._num_rows)

@@ -21,8 +21,8 @@ the other behaviour (`released()` sets them all as the code has them):
  7  query and memory in one space                                              `projector`
  8  mixup partner of another image and class, from the global batch            `mixup_pair`, ...
  9  mean of the contrast over images, not their sum                            `contrast_reduction`
-10  contrast after one epoch                                                   `warmup_steps`
-11  prototypes of set rows alone, seeded k-means                               `keying`, `noise`
+10  contrast after one epoch                                                   `warmup_epochs`
+11  prototypes of set rows alone, seeded k-means, once                         `kmeans_starts`, ...
 12  regions of one image are pooled each by its own mask (the code zeroes what earlier classes used)
 13  an image without labels is a negative of every class; a blanked one counts for nothing
 14  memory and prototypes move after the step, for all slots at once (the code: within forward)
@@ -53,6 +53,7 @@ from memseg_dist.losses.regions import (
     multi_label_loss,
     region_masks,
     region_means,
+    valid_positions,
 )
 from memseg_dist.losses.saliency import saliency_loss
 from memseg_dist.memory.maps import MapStore, onto_stored_image
@@ -110,8 +111,8 @@ class RCAConfig:
     """tau of Eq. 4."""
     contrast_reduction: Literal["mean", "sum"] = "mean"
     """Over the images of a slot."""
-    warmup_steps: int | None = None
-    """Steps without contrast; None: one epoch."""
+    warmup_epochs: int = 1
+    """Epochs without contrast."""
     mixup: bool = True
     mixup_beta: float = 8.0
     """omega ~ Beta(beta, beta)."""
@@ -140,6 +141,13 @@ class RCAConfig:
             "saliency_weight": self.saliency_weight < 0,
             "temperature": self.temperature <= 0,
             "attention_temperature": self.attention_temperature <= 0,
+            "intermediate_weight": self.intermediate_weight < 0,
+            "saliency_overlap": not 0 <= self.saliency_overlap <= 1,
+            "saliency_foreground": not 0 <= self.saliency_foreground <= 1,
+            "head_width": self.head_width < 1,
+            "reduce_to": self.reduce_to is not None and self.reduce_to < 1,
+            "warmup_epochs": self.warmup_epochs < 0,
+            "kmeans_starts": self.kmeans_starts < 1,
             "momentum": not 0 <= self.momentum <= 1,
             "mixup_beta": self.mixup_beta <= 0,
             "num_prototypes": self.num_prototypes is not None and self.num_prototypes < 1,
@@ -161,7 +169,11 @@ RING_CAPACITY = 500
 
 
 def released(config: RCAConfig | None = None) -> RCAConfig:
-    """`config` with every choice as the public code has it (its spec's rows R1 .. R14)."""
+    """`config` with every choice above as the public code has it.
+
+    Its mixup partner is drawn a little otherwise: it permutes the images of a batch and then draws
+    one of the partner's classes, here the region is drawn at once.
+    """
     return replace(
         config or RCAConfig(),
         aggregation="linear",
@@ -170,6 +182,8 @@ def released(config: RCAConfig | None = None) -> RCAConfig:
         projector=True,
         region_mask="softmax",
         contrast_reduction="sum",
+        warmup_epochs=2,
+        kmeans_starts=10,
         mixup_pair="any",
         mixup_scope="slot",
         keying="ring",
@@ -220,6 +234,10 @@ class RCA(Method):
         self._column = np.full(num_classes, -1, dtype=np.int64)
         self._column[self.class_ids] = np.arange(len(self.class_ids))
         wide: int = backbone.dim  # type: ignore[assignment]
+        self.stride: int = backbone.stride  # type: ignore[assignment]
+        self._source_columns = {
+            name: torch.as_tensor(self._column[ids], device=device) for name, ids in classes.items()
+        }
         dim = config.reduce_to or wide
         self.reduce = nn.Conv2d(wide, dim, 1) if config.reduce_to else nn.Identity()
         num_maps = len(self.class_ids) + (config.saliency_weight > 0)
@@ -250,8 +268,8 @@ class RCA(Method):
         self, training: TrainingSet, dim: int, seed: int, device: torch.device | str
     ) -> None:
         config, pairs = self.config, training.regions
-        self.warmup_steps = _or(config.warmup_steps, training.epoch_steps)
-        self.prototype_steps = _or(config.prototype_steps, training.epoch_steps)
+        self.warmup_steps = config.warmup_epochs * training.epoch_steps
+        self.prototype_steps = config.prototype_steps or training.epoch_steps
         self._seen = Proposals(4, torch.empty(0, dim, device=device))
         if config.contrast_weight > 0 or config.aggregation != "off":
             if config.keying == "ring":
@@ -270,6 +288,12 @@ class RCA(Method):
                 device=device,
             )
         if config.map_size:
+            if training.num_steps <= training.epoch_steps:
+                raise ValueError(
+                    f"steps is {training.num_steps}, but an epoch takes {training.epoch_steps}: "
+                    "maps are accumulated after the first, so none would be; train longer, or set "
+                    "method.map_size 0"
+                )
             self.maps_seen = MapStore(
                 pairs, config.map_size, table=config.memory_table, device=device
             )
@@ -282,7 +306,7 @@ class RCA(Method):
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             low_size = (features.shape[-2], features.shape[-1])
-            valid_BN = _valid_positions(batch.valid, low_size)
+            valid_BN = valid_positions(batch.valid, low_size, self.stride)
             embedded = self.reduce(features)
             intermediate_BLN = self.cam(features).flatten(2)  # P, Eq. 1
             final_BLN = self.final_cam(self._aggregated(features, embedded)).flatten(2)  # Eq. 10
@@ -336,7 +360,7 @@ class RCA(Method):
         self, batch: Batch, target_BL: Tensor, intermediate_BL: Tensor, final_BL: Tensor
     ) -> dict[str, Tensor]:
         """BCE of Eq. 11, over the classes of the batch's source."""
-        column = torch.from_numpy(self._column[self.classes[batch.source]]).to(final_BL.device)
+        column = self._source_columns[batch.source]
         counts_B = batch.valid.flatten(1).any(dim=1)
         target_BL = target_BL[:, column]
         final = multi_label_loss(final_BL[:, column], target_BL, counts_B)
@@ -418,11 +442,14 @@ class RCA(Method):
     @torch.no_grad()
     def preview(self, batch: Batch, clock: Clock) -> None:
         """The slot's query vectors, as `forward` will have them."""
+        if clock.idle:
+            return
         regions = self._regions(batch)
         features = self.backbone(batch.images, batch.valid)
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
-            valid_BN = _valid_positions(batch.valid, (features.shape[-2], features.shape[-1]))
+            low_size = (features.shape[-2], features.shape[-1])
+            valid_BN = valid_positions(batch.valid, low_size, self.stride)
             mask_RN = region_masks(
                 self.cam(features).flatten(2),
                 valid_BN,
@@ -468,7 +495,9 @@ class RCA(Method):
         if self.memory is None:
             return
         self.memory.commit(clock)
-        is_due = (clock.step + 1) % self.prototype_steps == 0
+        done = clock.step + 1
+        # not after the last step: the final map would read prototypes that it never trained with
+        is_due = done % self.prototype_steps == 0 and done < self.training_set.num_steps
         if is_due and self.config.aggregation != "off":
             seed = derive_seed(clock.seed, "prototypes", clock.step)
             found = find_prototypes(
@@ -496,8 +525,7 @@ class RCA(Method):
         with torch.no_grad():
             map_RN = final_BLN[regions.image, regions.column].relu() * valid_BN[regions.image]
             map_RN = map_RN / map_RN.amax(dim=1, keepdim=True).clamp_min(1e-5)
-            stride: int = self.backbone.stride  # type: ignore[assignment]
-            covered = (low_size[0] * stride, low_size[1] * stride)
+            covered = (low_size[0] * self.stride, low_size[1] * self.stride)
             places = [batch.places[image] for image in regions.image_of_slot]
             stored = onto_stored_image(
                 map_RN.unflatten(1, low_size), places, covered, self.maps_seen.size
@@ -553,23 +581,31 @@ class RCA(Method):
                 f"class ids {classes[column < 0].tolist()[:8]} have no activation map: no source "
                 "labels them; leave them out (validation.exclude)"
             )
-        features = self.backbone(images).float()
-        aggregated = self._aggregated(features, self.reduce(features))
-        return LinearLogits(*self.final_cam.linear_form(aggregated, column))
+        features = self.backbone(images)
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            aggregated = self._aggregated(features, self.reduce(features))
+            return LinearLogits(*self.final_cam.linear_form(aggregated, column))
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        return nn.functional.normalize(self.reduce(self.backbone(images).float()), dim=1)
+        features = self.backbone(images)
+        with torch.autocast(features.device.type, enabled=False):
+            return nn.functional.normalize(self.reduce(features.float()), dim=1)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
         """P and O over their maxima; the affinity S (Eq. 7) to the class's two busiest prototypes
         there.
         """
-        features = self.backbone(images).float()
+        features = self.backbone(images)
+        with torch.autocast(features.device.type, enabled=False):
+            return self._maps(features.float(), classes)
+
+    def _maps(self, features: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
         embedded = self.reduce(features)
         column = torch.from_numpy(self._column[list(classes)]).to(features.device)
-        rows = torch.arange(len(images), device=features.device)
+        rows = torch.arange(len(features), device=features.device)
         final = self.final_cam(self._aggregated(features, embedded))[rows, column]
         shown = {"P": _over_maximum(self.cam(features)[rows, column]), "O": _over_maximum(final)}
         if self.config.aggregation == "attention" and len(self.prototypes):
@@ -654,12 +690,3 @@ def _projector(dim: int) -> nn.Module:
 def _over_maximum(map_Bhw: Tensor) -> Tensor:
     map_Bhw = map_Bhw.relu()
     return map_Bhw / map_Bhw.amax(dim=(1, 2), keepdim=True).clamp_min(1e-5)
-
-
-def _valid_positions(valid_BHW: Tensor, low_size: tuple[int, int]) -> Tensor:
-    """bool [B, N]: positions of the feature map at least half of whose pixels are no padding."""
-    return nn.functional.adaptive_avg_pool2d(valid_BHW.float(), low_size).flatten(1) >= 0.5
-
-
-def _or(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value

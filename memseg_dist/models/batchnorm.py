@@ -65,7 +65,8 @@ def commit_statistics(module: nn.Module) -> None:
         seen = layer.slot_statistics.seen
         zero = torch.zeros(2, layer.num_features, device=layer.running_mean.device)
         sums.append(sum((seen[slot] for slot in sorted(seen)), zero).flatten())
-    num_slots = sums[0].new_tensor([float(len(layer.slot_statistics.seen)) for layer in layers])
+    counts = torch.tensor([float(len(layer.slot_statistics.seen)) for layer in layers])
+    num_slots = counts.to(sums[0].device, non_blocking=True)
     flat = dist.all_reduce_sum(torch.cat([num_slots, *sums]))
     totals = flat[len(layers) :].split([part.numel() for part in sums])
     for layer, count, total in zip(layers, flat, totals):

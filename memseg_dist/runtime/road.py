@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memseg_dist.config import RunConfig
+from memseg_dist.data.files import exists, join
+from memseg_dist.data.index import Index
+from memseg_dist.data.saliency import check_has_saliency
+from memseg_dist.data.schema import INDEX_NAME
 from memseg_dist.evaluation.fusion import FusionConfig
 from memseg_dist.methods.rca import RCAConfig, released
 from memseg_dist.runtime.api import NullTracker, Tracker
@@ -37,8 +41,16 @@ class Road(Job):
     """The classifier without memory: the same maps, fusion and segmenter."""
     saliency: str | None = None
     """Folder of saliency maps KEY.png (8 bit, of the images' sizes) for the pseudo masks."""
+    eps: bool = False
+    """Train with the saliency-supervised loss of EPS as well; needs --saliency."""
     truth: str | None = None
-    """Shards with masks of the training images: scores the pseudo masks."""
+    """Shards with masks of the training images, to score the pseudo masks; by default those of the
+    recipe, where it writes some."""
+    relabel: bool = False
+    """Write the pseudo masks anew, if they were made of other maps, saliency or rules."""
+    label_workers: int | None = None
+    """Parallel tasks of the labelling on this machine; 0: in this process. By default the Ray
+    cluster, with --launch.launcher local this process. The CRF takes about a second per image."""
     until: Station = "segmenter"
     """The last of the three runs to make."""
 
@@ -47,7 +59,7 @@ class Road(Job):
         config = released(config) if self.preset == "released" else config
         if self.baseline:
             config = replace(config, contrast_weight=0.0, aggregation="off", noise=False)
-        return config
+        return replace(config, saliency_weight=1.0) if self.eps else config
 
     def fusion(self) -> FusionConfig:
         """How maps become masks; the same for the baseline."""
@@ -63,12 +75,13 @@ class Road(Job):
         return {"segmenter": _shrunk_like(config, segmenter) if self.smoke else segmenter}
 
     def truth_of(self, config: RunConfig) -> str | None:
-        """Shards to score the pseudo masks against."""
+        """Shards to score the pseudo masks against, if there are any."""
         return None if self.smoke else self.truth
 
-    def finish(
-        self, config: RunConfig, result: Mapping[str, Any], stages: Mapping[str, RunConfig]
-    ) -> None:
+    def prepare(self, config: RunConfig) -> None:
+        """What would fail after days of training fails now."""
+        if self.eps and self.saliency is None:
+            raise ValueError("--eps needs --saliency: the folder of the images' saliency maps")
         if self.until == "classifier":
             return
         if "://" in config.storage:
@@ -76,21 +89,44 @@ class Road(Job):
                 f"--storage {config.storage} is a URL, which the pseudo masks cannot be written "
                 "to; use a shared folder, or --until classifier and then `memseg label`"
             )
+        truth = self.truth_of(config)
+        if truth is not None and not exists(join(truth, INDEX_NAME)):
+            raise ValueError(
+                f"--truth {truth}: no shards there to score the pseudo masks against; write them "
+                "with the recipe, or name others"
+            )
+        if self.saliency is not None:
+            first = Index.open(config.sources[0].path, config.cache_directory).key(0)
+            check_has_saliency(self.saliency, first)
+
+    def finish(
+        self, config: RunConfig, result: Mapping[str, Any], stages: Mapping[str, RunConfig]
+    ) -> None:
+        if self.until == "classifier":
+            return
         # the classifier's own MLflow run goes on
         is_tracked = config.tracking.kind == "mlflow"
         tracker: Tracker = build_mlflow(config, provenance()) if is_tracked else NullTracker()
-        report = label(
-            LabelConfig(
-                checkpoint=result["checkpoint"],
-                data=config.sources[0].path,
-                out=Path(labels_of(config)),
-                saliency=self.saliency,
-                truth=self.truth_of(config),
-                fusion=self.fusion(),
-                workers=None if config.launch.launcher == "ray" else 0,
-            ),
-            tracker,
-        )
+        workers = self.label_workers
+        if workers is None and config.launch.launcher == "local":
+            workers = 0
+        try:
+            report = label(
+                LabelConfig(
+                    checkpoint=result["checkpoint"],
+                    data=config.sources[0].path,
+                    out=Path(labels_of(config)),
+                    saliency=self.saliency,
+                    truth=self.truth_of(config),
+                    fusion=self.fusion(),
+                    workers=workers,
+                    overwrite=self.relabel,
+                ),
+                tracker,
+            )
+        except BaseException:
+            tracker.finish("failed")
+            raise
         tracker.finish("finished")
         print(report, flush=True)
         if self.until == "segmenter":

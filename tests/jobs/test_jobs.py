@@ -24,6 +24,7 @@ JOBS = {
     "rca_voc": "RcaVoc",
     "rca_coco": "RcaCoco",
     "rca_scenes": "RcaScenes",
+    "rca_folder": "RcaFolder",
     "pretrain_scenes": "PretrainScenes",
     "pretrain_folder": "PretrainFolder",
 }
@@ -49,7 +50,7 @@ def job_kind(monkeypatch):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_config_survives_json(job_kind, name):
-    config = job_kind(name)().config()
+    config = job_kind(name)(smoke=name == "rca_folder").config()  # it reads vocabularies
     assert from_json(to_json(config)) == config
     assert config.launch.launcher == "ray" and config.engine.kind == "deepspeed"
 
@@ -132,7 +133,8 @@ def test_rca_has_the_papers_settings(job_kind):
     assert optimizer.nesterov and optimizer.milestones == (5 * 1323, 10 * 1323)
     assert config.steps == 30 * 1323
     code = job_kind("rca_voc")(preset="released").config().method
-    assert code == dataclasses.replace(released(), warmup_steps=2 * 1323)
+    assert code == released()
+    assert (code.warmup_epochs, code.kmeans_starts) == (2, 10)
     baseline = job_kind("rca_coco")(baseline=True).config().method
     assert (baseline.contrast_weight, baseline.aggregation) == (0.0, "off")
 
@@ -141,6 +143,7 @@ def test_a_later_stage_follows_the_run_and_has_flags_of_its_own(job_kind, monkey
     kind = job_kind("rca_voc")
     seen = {}
     monkeypatch.setattr(jobs, "launch", lambda config: {"status": "finished"})
+    monkeypatch.setattr(kind, "prepare", lambda self, config: None)
     monkeypatch.setattr(kind, "finish", lambda self, config, result, stages: seen.update(stages))
     flags = ["--name", "mine", "--storage", str(tmp_path), "--seed", "3", "--steps", "70"]
     run_main(kind, monkeypatch, *flags, "--segmenter.steps", "9", "--segmenter.seed", "4")
@@ -150,6 +153,20 @@ def test_a_later_stage_follows_the_run_and_has_flags_of_its_own(job_kind, monkey
     assert segmenter.sources[0].path == str(tmp_path / "mine" / "labels")
     run_main(kind, monkeypatch, *flags)
     assert (seen["segmenter"].steps, seen["segmenter"].seed) == (20_000, 3)
+
+
+def test_the_road_checks_its_end_before_its_start(job_kind, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "launch", lambda config: pytest.fail("it began"))
+    for flags, message in (
+        (["--truth", "nowhere"], "--truth nowhere: no shards there"),
+        (["--storage", "s3://bucket/runs"], "is a URL, which the pseudo masks cannot be written"),
+        (["--eps"], "--eps needs --saliency"),
+        (["--net", "resnet38"], "--net resnet38 needs --backbone.pretrained"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run_main(job_kind("rca_voc"), monkeypatch, *flags)
+        assert message in str(caught.value.code)
 
 
 def test_help_shows_the_jobs_options_and_every_key_of_the_config(job_kind, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 
 from memseg_dist.batch import Batch, Clock, Place, derive_seed
 from memseg_dist.losses.mixup import plan_mixup
-from memseg_dist.losses.regions import region_masks, region_means
+from memseg_dist.losses.regions import region_masks, region_means, valid_positions
 from memseg_dist.memory.prototypes import Prototypes
 from memseg_dist.memory.regions import Regions, image_id
 from memseg_dist.methods import rca_reference as reference
@@ -318,7 +318,7 @@ def test_the_released_preset_runs_and_differs():
     method = build(config)
     assert len(method.prototypes) == 2 * NUM_CLASSES and method.memory.is_set.all()
     noise = method.memory.rows.clone()
-    losses = [run_step(method, step, 1, 6) for step in range(2 * EPOCH)]
+    losses = [run_step(method, step, 1, 6) for step in range(3 * EPOCH)]
     assert all(torch.isfinite(torch.stack(list(loss.values()))).all() for loss in losses)
     assert not torch.equal(noise, method.memory.rows)
     assert {"contrast", "final", "intermediate"} == set(losses[-1])
@@ -392,6 +392,30 @@ def test_eps_is_a_background_channel_and_a_saliency_loss():
     torch.testing.assert_close(losses["saliency"], 2 * saliency_loss(maps, labels, saliency))
     predicted = method.predict(item.images, torch.tensor([0, 4])).dense()
     torch.testing.assert_close(predicted, maps[:, [0, 4]])
+
+
+def test_padding_that_fills_the_last_stride_is_no_image():
+    valid = torch.ones(1, 9, 12, dtype=torch.bool)
+    found = valid_positions(valid, (3, 3), 4).unflatten(1, (3, 3))[0]
+    assert found.tolist() == [[True] * 3, [True] * 3, [False] * 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_never_waits_for_the_device():
+    device = torch.device("cuda")
+    method = build(device=device).to(device)
+    items = [batch(step, slot).to(device) for step in range(3) for slot in range(2)]
+    for item in items[:2]:  # what is set up once may wait
+        method(item, Clock(EPOCH, 0, 1))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = method(items[2], Clock(EPOCH, 0, 1))
+        sum(losses.values()).backward()
+        method.after_step(Clock(EPOCH, num_slots=1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_unknown_sources_labels_and_classes_are_named():

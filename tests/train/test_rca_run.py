@@ -26,9 +26,7 @@ from memseg_dist.train.trained import open_checkpoint
 AUGMENT = AugmentConfig(
     crop=SIZE, scale_range=(1.0, 1.5), keep_ratio=False, photometric=False, category_max_ratio=1.0
 )
-METHOD = RCAConfig(
-    contrast_weight=0.2, gate=0.45, num_prototypes=2, prototype_steps=2, warmup_steps=2, map_size=8
-)
+METHOD = RCAConfig(contrast_weight=0.2, gate=0.45, num_prototypes=2, map_size=8)
 NUM_STEPS = 8
 
 
@@ -173,7 +171,26 @@ def test_sources_without_image_labels_are_refused(data, tmp_path):
     everything = ("n0", "n1", "n2", "n3")
     source = Source("weak", str(data / "weak"), "labels", 5, 2, exclude=everything)
     with pytest.raises(ValueError, match=r"no image of the sources .* has a label"):
-        run(to_json(rca_config(data, tmp_path, sources=(source,))))
+        run(to_json(rca_config(data, tmp_path, sources=(source,), validation=None)))
+    source = dataclasses.replace(source, exclude=("n9",))
+    with pytest.raises(ValueError, match=r"exclude: .*'n9'"):
+        run(to_json(rca_config(data, tmp_path, sources=(source,), validation=None)))
+
+
+def test_what_would_fail_late_fails_before_the_first_step(data, tmp_path):
+    weak = Source("weak", str(data / "weak"), "labels", 5, 2, exclude=("n3",))
+    with pytest.raises(ValueError, match=r"has the classes \['n3'\], which no source labels"):
+        run(to_json(rca_config(data, tmp_path, sources=(weak,))))
+    with pytest.raises(ValueError, match=r"steps is 2, but an epoch takes 2: maps are accumulated"):
+        run(to_json(rca_config(data, tmp_path, steps=2)))
+    method = dataclasses.replace(METHOD, saliency_weight=1.0)
+    with pytest.raises(ValueError, match=r"'weak' has no saliency maps, which method.saliency_w"):
+        run(to_json(rca_config(data, tmp_path, method=method)))
+    twice = tuple(
+        Source(name, str(data / "weak"), "labels", 2, 2, AUGMENT) for name in ("one", "two")
+    )
+    with pytest.raises(ValueError, match=r"source 'two' .* the image key 's00.*' occurs twice"):
+        run(to_json(rca_config(data, tmp_path, sources=twice)))
 
 
 def test_more_prototypes_than_rows_and_a_gate_that_nothing_passes(data, tmp_path):
