@@ -127,7 +127,7 @@ def run(form: str, world_size: int, size: tuple[int, int]) -> dict:
 
 def plan() -> Table:
     """Bytes that a run of this size holds, from the shapes alone: nothing here was run."""
-    table = Table("data set", "rows", "workers", "rows/worker (GB)", "ids, all rows, host (GB)",
+    table = Table("data set", "rows", "workers", "rows/worker (GB)", "ids/worker, host (GB)",
                   "scores/slot (MB)", title="Memory plan, fp32, D = 512 (arithmetic)")  # fmt: skip
     for name, (_, num_rows, workers) in PLANNED.items():
         row_bytes = DIM * 4 + 4 + 4 + 4 + 8  # vector, length, updates, last step, class

@@ -90,7 +90,7 @@ class Study:
 
 def method_of(variant: str):
     """The variant's RCAConfig. The presets keep the paper's alpha_1 and gate."""
-    from memseg_dist.methods.rca import RCAConfig, released
+    from memseg_dist.methods.rca_config import RCAConfig, released
     from memseg_dist.runtime.jobs import recipes
 
     _import_jobs(recipes().parent)

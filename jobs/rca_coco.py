@@ -29,7 +29,7 @@ from rca_voc import (
 from memseg_dist.config import Intervals, LaunchConfig, RunConfig, ValidationConfig
 from memseg_dist.data.loader import Source
 from memseg_dist.data.vocabulary import Vocabulary
-from memseg_dist.methods.rca import RCAConfig
+from memseg_dist.methods.rca_config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.runtime.jobs import main, vocabulary
 from memseg_dist.runtime.road import BACKGROUND, Road

@@ -23,7 +23,7 @@ from memseg_dist.config import LaunchConfig, OptimizerConfig, RunConfig, Validat
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.methods.rca import RCAConfig
+from memseg_dist.methods.rca_config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.models.backbone import BackboneConfig
 from memseg_dist.runtime.jobs import main

@@ -28,7 +28,7 @@ from memseg_dist.config import (
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
 from memseg_dist.evaluation.fusion import FusionConfig
-from memseg_dist.methods.rca import RCAConfig
+from memseg_dist.methods.rca_config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.runtime.jobs import main, recipe
 from memseg_dist.runtime.road import BACKGROUND, Road

@@ -17,7 +17,8 @@ from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
 from memseg_dist.methods.classify import Classify, ClassifyConfig
 from memseg_dist.methods.larvseg import LarvSeg
 from memseg_dist.methods.method import Method
-from memseg_dist.methods.rca import RCA, RCAConfig, TrainingSet
+from memseg_dist.methods.rca import RCA, TrainingSet
+from memseg_dist.methods.rca_config import RCAConfig
 from memseg_dist.methods.segment import Segment, SegmentConfig
 from memseg_dist.models.backbone import Backbone, build_backbone
 from memseg_dist.models.cosine import CosineClassifier

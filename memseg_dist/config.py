@@ -19,7 +19,7 @@ from memseg_dist import jsonable
 from memseg_dist.data.loader import Source
 from memseg_dist.methods.classify import ClassifyConfig
 from memseg_dist.methods.larvseg import LarvSegConfig
-from memseg_dist.methods.rca import RCAConfig
+from memseg_dist.methods.rca_config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.models.backbone import BackboneConfig
 

@@ -38,17 +38,15 @@ Shape letters: B images of the slot, D channels, N = h w positions, L classes wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock, derive_seed
-from memseg_dist.losses.mixup import MixupPair, MixupPlan, no_mixup, plan_mixup
+from memseg_dist.losses.mixup import no_mixup, plan_mixup
 from memseg_dist.losses.regions import (
-    RegionMask,
     masked_mean,
     multi_label_loss,
     region_masks,
@@ -59,136 +57,15 @@ from memseg_dist.losses.saliency import saliency_loss
 from memseg_dist.memory.maps import MapStore, onto_stored_image
 from memseg_dist.memory.proposals import Proposals
 from memseg_dist.memory.prototypes import Prototypes, cluster_sizes, find_prototypes
-from memseg_dist.memory.region_bank import Keying, RegionBank
-from memseg_dist.memory.regions import Regions, image_id
+from memseg_dist.memory.region_bank import RegionBank
+from memseg_dist.memory.regions import Regions
 from memseg_dist.memory.rows import Stateful
-from memseg_dist.memory.table import TableKind
 from memseg_dist.methods.method import LinearLogits, Method
-from memseg_dist.models.aggregation import AttentionScale, LinearAggregation, PrototypeAttention
+from memseg_dist.methods.rca_config import RING_CAPACITY, RCAConfig
+from memseg_dist.methods.rca_regions import GlobalRegions, SlotRegions
+from memseg_dist.models.aggregation import LinearAggregation, PrototypeAttention
 from memseg_dist.models.batchnorm import record_batchnorm
-from memseg_dist.models.cam import Cam, CamHead
-
-
-@dataclass(frozen=True)
-class RCAConfig:
-    """Settings of the method; the defaults are the paper's, completed as the module says."""
-
-    kind: Literal["rca"] = "rca"
-    contrast_weight: float = 0.01
-    """alpha_1; 0: no semantic contrast (RSC)."""
-    intermediate_weight: float = 0.4
-    """alpha_2, of the loss of the intermediate map P."""
-    aggregation: Literal["attention", "linear", "off"] = "attention"
-    """How prototypes are read (RSA): softmax attention, the code's linear form, or not at all."""
-    attention_scale: AttentionScale = "sqrt_dim"
-    attention_temperature: float = 0.07
-    """Of the attention with scale "cosine"."""
-    saliency_weight: float = 0.0
-    """Of the saliency-supervised loss of EPS on O; above 0 both maps get a background channel, and
-    every source needs `saliency`."""
-    saliency_overlap: float = 0.4
-    """EPS: a class whose map overlaps less with the saliency is on the background's side."""
-    saliency_foreground: float = 0.5
-    """EPS: the share of the foreground in the estimated saliency (VOC 0.5, COCO 0.9)."""
-    head: CamHead = "linear"
-    """Layers of F_CAM for P."""
-    final_head: CamHead = "linear"
-    """Layers of F_CAM for O."""
-    head_width: int = 512
-    """Channels of the heads' 3 x 3 convolutions."""
-    reduce_to: int | None = None
-    """A 1 x 1 convolution to so many channels before memory and aggregation (for D = 4096)."""
-    projector: bool = False
-    """The code's two 3 x 3 convolutions on the query side of the contrast alone."""
-    region_mask: RegionMask = "mean"
-    momentum: float = 0.99
-    """gamma of Eq. 3: the weight of what is remembered."""
-    gate: float = 0.7
-    """nu: a region with a lower score does not change the memory."""
-    gate_by: Literal["output", "intermediate"] = "output"
-    """The score: sigmoid of the final map's mean (the code), or the bare mean of P (the paper)."""
-    temperature: float = 0.07
-    """tau of Eq. 4."""
-    contrast_reduction: Literal["mean", "sum"] = "mean"
-    """Over the images of a slot."""
-    warmup_epochs: int = 1
-    """Epochs without contrast."""
-    mixup: bool = True
-    mixup_beta: float = 8.0
-    """omega ~ Beta(beta, beta)."""
-    mixup_pair: MixupPair = "other_class"
-    mixup_scope: Literal["batch", "slot"] = "batch"
-    """Where the partner is drawn from. "slot" saves the preview that several slots need."""
-    keying: Keying = "image"
-    capacity: int | None = None
-    """Rows per class: None for a row per image (keying "ring": 500)."""
-    noise: bool = False
-    """Rows and prototypes start as N(0, 1) and count as set."""
-    memory_table: TableKind = "sharded"
-    num_prototypes: int | None = 10
-    """K; None: every row is a prototype."""
-    prototype_steps: int | None = None
-    """Steps between two clusterings; None: one epoch."""
-    kmeans_starts: int = 1
-    map_size: int = 46
-    """Side of the accumulated activation maps; 0: none are kept."""
-    map_gate: float = 0.1
-    """A map is accumulated if sigmoid(GAP(O)) of its class is at least this."""
-
-    def __post_init__(self) -> None:
-        wrong = {
-            "contrast_weight": self.contrast_weight < 0,
-            "saliency_weight": self.saliency_weight < 0,
-            "temperature": self.temperature <= 0,
-            "attention_temperature": self.attention_temperature <= 0,
-            "intermediate_weight": self.intermediate_weight < 0,
-            "saliency_overlap": not 0 <= self.saliency_overlap <= 1,
-            "saliency_foreground": not 0 <= self.saliency_foreground <= 1,
-            "head_width": self.head_width < 1,
-            "reduce_to": self.reduce_to is not None and self.reduce_to < 1,
-            "warmup_epochs": self.warmup_epochs < 0,
-            "kmeans_starts": self.kmeans_starts < 1,
-            "momentum": not 0 <= self.momentum <= 1,
-            "mixup_beta": self.mixup_beta <= 0,
-            "num_prototypes": self.num_prototypes is not None and self.num_prototypes < 1,
-            "prototype_steps": self.prototype_steps is not None and self.prototype_steps < 1,
-            "capacity": self.capacity is not None and self.capacity < 1,
-            "map_size": self.map_size < 0,
-        }
-        for name in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise ValueError(f"method.{name} is {getattr(self, name)!r}: out of range")
-        if self.noise and self.keying != "ring":
-            raise ValueError(
-                "method.noise with method.keying 'image': a row that no image wrote would be read; "
-                "use --method.keying ring, as the released code"
-            )
-
-
-RING_CAPACITY = 500
-"""Rows per class of the code's rings."""
-
-
-def released(config: RCAConfig | None = None) -> RCAConfig:
-    """`config` with every choice above as the public code has it.
-
-    Its mixup partner is drawn a little otherwise: it permutes the images of a batch and then draws
-    one of the partner's classes, here the region is drawn at once.
-    """
-    return replace(
-        config or RCAConfig(),
-        aggregation="linear",
-        head="trunk",
-        final_head="per_class",
-        projector=True,
-        region_mask="softmax",
-        contrast_reduction="sum",
-        warmup_epochs=2,
-        kmeans_starts=10,
-        mixup_pair="any",
-        mixup_scope="slot",
-        keying="ring",
-        noise=True,
-    )
+from memseg_dist.models.cam import Cam
 
 
 @dataclass(frozen=True)
@@ -251,7 +128,7 @@ class RCA(Method):
         self.memory: RegionBank | None = None
         self.maps_seen: MapStore | None = None
         self.training_set = training
-        self._previewed: _Global | None = None
+        self._previewed: GlobalRegions | None = None
         if training is not None:
             self._start_memory(training, dim, seed, device)
 
@@ -392,7 +269,7 @@ class RCA(Method):
         )
 
     def _contrast_loss(
-        self, batch: Batch, regions: _Regions, query_RD: Tensor, clock: Clock
+        self, batch: Batch, regions: SlotRegions, query_RD: Tensor, clock: Clock
     ) -> Tensor:
         """alpha_1 L_RM-NCE (Eq. 4 - 6): the slot's part of it, mean or sum over its images.
 
@@ -465,7 +342,7 @@ class RCA(Method):
         ids, origin, vectors = self._seen.gather()
         self._previewed = self._global(np.concatenate([origin[:, :1], ids], axis=1), vectors, clock)
 
-    def _global(self, ids_G5: np.ndarray, vectors_GD: Tensor, clock: Clock) -> _Global:
+    def _global(self, ids_G5: np.ndarray, vectors_GD: Tensor, clock: Clock) -> GlobalRegions:
         slot_G, class_G, image_G, labels_G, batch_G = ids_G5.T
         if not self.config.mixup:
             plan = no_mixup(len(slot_G))
@@ -481,7 +358,7 @@ class RCA(Method):
         weight_G = 1 / labels_G
         if self.config.contrast_reduction == "mean":
             weight_G = weight_G / batch_G
-        return _Global(slot_G, class_G, weight_G, vectors_GD, plan)
+        return GlobalRegions(slot_G, class_G, weight_G, vectors_GD, plan)
 
     def _previews_all(self, clock: Clock) -> bool:
         return self.previews(clock) or clock.num_slots == 1
@@ -511,7 +388,7 @@ class RCA(Method):
     def _propose_maps(
         self,
         batch: Batch,
-        regions: _Regions,
+        regions: SlotRegions,
         final_BLN: Tensor,
         valid_BN: Tensor,
         score_BL: Tensor,
@@ -533,10 +410,10 @@ class RCA(Method):
             gate_R = score_BL[regions.image, regions.column] >= self.config.map_gate
             self.maps_seen.propose(regions.classes, regions.image_ids, stored, gate_R, clock)
 
-    def _regions(self, batch: Batch) -> _Regions:
+    def _regions(self, batch: Batch) -> SlotRegions:
         if batch.source not in self.classes:
             raise ValueError(f"source '{batch.source}' is not one of {sorted(self.classes)}")
-        return _Regions.of(batch, self._column, batch.images.device)
+        return SlotRegions.of(batch, self._column, batch.images.device)
 
     # ---------------------------------------------------------------- state
 
@@ -618,63 +495,6 @@ class RCA(Method):
                 one = affinity_BPhw[rows, busiest[:, number]]
                 shown[f"prototype {number + 1}"] = _over_maximum(one)
         return shown
-
-
-@dataclass(frozen=True)
-class _Global:
-    """The regions of a global batch (or of the one slot): [G] each, with their mixing."""
-
-    slot_G: np.ndarray
-    class_G: np.ndarray
-    weight_G: np.ndarray
-    vectors_GD: Tensor
-    plan: MixupPlan
-
-
-@dataclass(frozen=True)
-class _Regions:
-    """The (image, label) pairs of a slot, in batch order, made from host labels alone: [R] each."""
-
-    classes: np.ndarray
-    image_of_slot: np.ndarray
-    image_ids: np.ndarray
-    num_labels: np.ndarray
-    image: Tensor
-    column: Tensor
-
-    @staticmethod
-    def of(batch: Batch, column_C: np.ndarray, device: torch.device) -> _Regions:
-        counts = np.array([len(labels) for labels in batch.labels], dtype=np.int64)
-        classes = np.array([label for labels in batch.labels for label in labels], dtype=np.int64)
-        column = column_C[classes]
-        if (column < 0).any():
-            raise ValueError(
-                f"label {classes[column < 0][0]} of a batch of '{batch.source}' is not in the "
-                "vocabulary of that source"
-            )
-        ids = np.array([image_id(key) for key in batch.keys], dtype=np.int64)
-        image = np.repeat(np.arange(len(counts)), counts)
-
-        def put(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(device, non_blocking=True)
-
-        return _Regions(
-            classes, image, ids[image], np.repeat(counts, counts), put(image), put(column)
-        )
-
-    def ids(self, batch: Batch, clock: Clock) -> np.ndarray:
-        """int64 [R, 5]: slot, class, image id, labels of the image, images of the slot."""
-        same = np.ones_like(self.classes)
-        return np.stack(
-            [
-                clock.slot * same,
-                self.classes,
-                self.image_ids,
-                self.num_labels,
-                len(batch.labels) * same,
-            ],
-            axis=1,
-        )
 
 
 def _projector(dim: int) -> nn.Module:

@@ -20,7 +20,7 @@ from memseg_dist.data.index import Index
 from memseg_dist.data.saliency import check_has_saliency
 from memseg_dist.data.schema import INDEX_NAME
 from memseg_dist.evaluation.fusion import FusionConfig
-from memseg_dist.methods.rca import RCAConfig, released
+from memseg_dist.methods.rca_config import RCAConfig, released
 from memseg_dist.runtime.api import NullTracker, Tracker
 from memseg_dist.runtime.jobs import Job
 from memseg_dist.runtime.label import LabelConfig, label

@@ -115,7 +115,7 @@ def test_flags_override_the_config_and_unknown_ones_are_errors(job_kind, monkeyp
 
 
 def test_rca_has_the_papers_settings(job_kind):
-    from memseg_dist.methods.rca import RCAConfig, released
+    from memseg_dist.methods.rca_config import RCAConfig, released
 
     config = job_kind("rca_voc")().config()
     assert config.method == RCAConfig()

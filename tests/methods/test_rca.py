@@ -13,7 +13,8 @@ from memseg_dist.losses.regions import region_masks, region_means, valid_positio
 from memseg_dist.memory.prototypes import Prototypes
 from memseg_dist.memory.regions import Regions, image_id
 from memseg_dist.methods import rca_reference as reference
-from memseg_dist.methods.rca import RCA, RCAConfig, TrainingSet, released
+from memseg_dist.methods.rca import RCA, TrainingSet
+from memseg_dist.methods.rca_config import RCAConfig, released
 from memseg_dist.models.aggregation import LinearAggregation, PrototypeAttention
 
 NUM_CLASSES, DIM, SIZE, GRID, NUM_IMAGES = 5, 6, 32, 4, 24

@@ -15,7 +15,7 @@ from memseg_dist import dist
 from memseg_dist.config import EngineConfig, RunConfig, from_json, to_json
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
-from memseg_dist.methods.rca import RCAConfig
+from memseg_dist.methods.rca_config import RCAConfig
 from memseg_dist.runtime.api import NullTracker
 from memseg_dist.runtime.on_deepspeed import DeepSpeedEngine
 from memseg_dist.train import loop
