@@ -417,6 +417,7 @@ def test_a_step_never_waits_for_the_device():
         method.after_step(Clock(EPOCH, num_slots=1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert "contrast" in losses
 
 
 def test_unknown_sources_labels_and_classes_are_named():
