@@ -206,7 +206,7 @@ def test_from_accumulated_maps(made, tmp_path, capsys):
     assert listener.metrics["label/truth_miou_unknown_wrong"] == report.scores.wrong.miou()
     assert len(listener.images) == 5 == len([*(tmp_path / "out" / "panels").glob("*.png")])
     tiles = {name: image.shape[1] for name, image in listener.images.items()}
-    assert tiles["panels/04"] < tiles["panels/03"]  # no labels, no map
+    assert tiles["labels/04"] < tiles["labels/03"]  # no labels, no map
     assert (tmp_path / "out" / "label_report.txt").read_text() == f"{report}\n"
 
 

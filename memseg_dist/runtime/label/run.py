@@ -104,7 +104,9 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
     folder = FolderTracker(str(config.out))
     listeners = Trackers([folder, tracker or NullTracker()])
     for number, picture in enumerate(draw_labels(config.out, tasks, config.num_pictures)):
-        listeners.log_image(f"panels/{number:02d}", picture, checkpoint.step)
+        folder.log_image(f"panels/{number:02d}", picture, checkpoint.step)
+        if tracker is not None:  # whose run may have panels of its own
+            tracker.log_image(f"labels/{number:02d}", picture, checkpoint.step)
     listeners.log_metrics(report.metrics(), checkpoint.step)
     listeners.log_text("label_report.txt", f"{report}\n")
     if scores is not None:
