@@ -3,13 +3,14 @@
     python datasets/voc2012.py --root VOCdevkit/VOC2012 --out shards/voc2012 --sbd SBD/dataset
     python jobs/rca_voc.py --launch.workers 4
 
-Cost: 39,690 steps of 8 images at 368 x 368 (30 epochs), the label maps (the CRF takes about a second
-per image and core), then 20,000 steps of DeepLabV2; not run here. Expected by the paper (VGG16): pseudo masks 71.4 mIoU on train (OAA++
-68.2), segmentation 70.6 on val (67.7). How the paper counts unknown pixels is not known: both
-readings are printed. Its saliency maps and CRF settings are not published either; without
-`--saliency` the background is what the maps leave. DeepLabV2 starts from ImageNet, not from a
-COCO segmentation model as some of the code that the paper builds on: that would leak masks. Its
-BatchNorm trains on slots of two crops, where DeepLabV2's usual setting freezes it.
+Cost: 39,690 steps of 8 images at 368 x 368 (30 epochs), the label maps (the CRF takes about a
+second per image and core), then 20,000 steps of DeepLabV2; not run here. Expected by the paper
+(VGG16): pseudo masks 71.4 mIoU on train (OAA++ 68.2), segmentation 70.6 on val (67.7). How the
+paper counts unknown pixels is not known: both readings are printed. Its saliency maps and CRF
+settings are not published either; without `--saliency` the background is what the maps leave.
+DeepLabV2 starts from ImageNet, not from a COCO segmentation model as some of the code that the
+paper builds on: that would leak masks. Its BatchNorm trains on slots of two crops, where
+DeepLabV2's usual setting freezes it.
 """
 
 from __future__ import annotations
