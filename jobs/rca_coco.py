@@ -54,7 +54,7 @@ class RcaCoco(Road):
             name="oaa_coco" if self.baseline else "rca_coco",
             storage="runs",
             sources=(source,),
-            method=self.method(RCAConfig()),
+            method=self.method(RCAConfig(saliency_foreground=0.9)),  # EPS on COCO
             backbone=BACKBONES["vgg16"],
             validation=ValidationConfig(
                 f"{self.data}/val", mode="whole", resize=(368, 368), exclude=(BACKGROUND,),

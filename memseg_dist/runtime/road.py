@@ -129,6 +129,11 @@ class Road(Job):
             raise
         tracker.finish("finished")
         print(report, flush=True)
+        if report.counts.share_unknown == 1 and not self.smoke:
+            raise ValueError(
+                f"every pixel of the pseudo masks in {labels_of(config)} is unknown: there is "
+                "nothing to train a segmenter on; train the classifier longer, or look at its maps"
+            )
         if self.until == "segmenter":
             launch(stages["segmenter"])
 
