@@ -25,8 +25,11 @@ from rich.table import Table
 
 from memseg_dist import dist
 from memseg_dist.batch import Clock
-from memseg_dist.memory.bank import Bank
-from memseg_dist.models.backbone import BackboneConfig, build_backbone
+from memseg_dist.memory.layouts import Rings
+from memseg_dist.memory.means import ClassMeans
+from memseg_dist.memory.rows import ShardedRows
+from memseg_dist.memory.rules import Overwrite
+from memseg_dist.nn.backbone import BackboneConfig, build_backbone
 
 VOCABULARIES = (171, 847, 21_841)
 WORLD_SIZES = (1, 2, 4)
@@ -39,7 +42,8 @@ def sharded(rank: int, world_size: int, num_classes: int, port: int, results) ->
     if world_size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    bank = Bank(num_classes, CAPACITY, DIM)
+    bank = ShardedRows(Rings(num_classes, CAPACITY), Overwrite(), DIM)
+    means = ClassMeans(bank).means
     draw = np.random.default_rng(rank)
     rows = torch.randn(EVENTS_PER_SLOT, DIM)
     x = torch.randn(NUM_POSITIONS, DIM)
@@ -56,14 +60,14 @@ def sharded(rank: int, world_size: int, num_classes: int, port: int, results) ->
     index = torch.arange(NUM_READ)
     times = {
         "write_s": measure.seconds(write, repeats=20, warm_up=3),
-        "read_s": measure.seconds(lambda: x @ bank.means[index].T, repeats=20, warm_up=3),
+        "read_s": measure.seconds(lambda: x @ means[index].T, repeats=20, warm_up=3),
     }
     gathered = dist.all_gather_object(times)
     if rank == 0:
         # a ring all-gather hands every rank all events' vectors, then the changed classes' means
         vector = NUM_SLOTS * EVENTS_PER_SLOT * DIM * 4
         sent = 2 * vector * (world_size - 1) // world_size
-        held = bank._rows.numel() * bank._rows.element_size() + bank.means.numel() * 4
+        held = bank.rows.numel() * bank.rows.element_size() + means.numel() * 4
         slowest = {key: max(one[key] for one in gathered) for key in times}
         results.put(slowest | {"sent_MB": sent / 1e6, "held_MB": held / 1e6})
     if world_size > 1:

@@ -25,23 +25,21 @@ from rich.console import Console
 from rich.table import Table
 
 from memseg_dist import dist
-from memseg_dist.memory.region_bank import RegionBank
-from memseg_dist.memory.regions import Regions
+from memseg_dist.memory.contrast import Contrast
+from memseg_dist.memory.layouts import Regions
+from memseg_dist.memory.rows import ShardedRows
+from memseg_dist.memory.rules import Momentum
 
 SIZES = {"VOC 2012": (20, 15_555), "COCO 2014": (80, 240_000)}
 PLANNED = {"COCO 2014": (80, 240_000, 8), "ImageNet-21K": (21_841, 14_000_000, 64)}
 DIM, NUM_REGIONS, TEMPERATURE = 512, 12, 0.07
 
 
-def filled_bank(num_classes: int, num_rows: int) -> RegionBank:
+def filled_bank(num_classes: int, num_rows: int) -> ShardedRows:
     """Every row set, without going through the proposals."""
     ids = np.arange(num_rows, dtype=np.int64)
-    bank = RegionBank(Regions.of_pairs(ids % num_classes, ids, num_classes), DIM)
-    generator = torch.Generator().manual_seed(dist.rank())
-    bank._rows.normal_(generator=generator)
-    bank._updates.fill_(1)
-    bank._measure(slice(None))
-    return bank
+    regions = Regions.of_pairs(ids % num_classes, ids, num_classes)
+    return ShardedRows(regions, Momentum(), DIM, noise_seed=0)
 
 
 def questions(num_classes: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -74,19 +72,20 @@ def worker(rank: int, world_size: int, form: str, size: tuple[int, int], port: i
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     bank = filled_bank(*size)
+    contrast = Contrast(bank)
     queries, classes = questions(size[0])
     counts = dist.all_gather(torch.tensor([len(bank.rows)])).flatten().tolist()
 
     def ours() -> None:
-        bank.contrast(queries, classes, TEMPERATURE).sum().backward()
+        contrast(queries, classes, TEMPERATURE).sum().backward()
 
     def gather() -> None:
         everything = dist.all_gather_ragged(bank.rows, counts)
-        classes_T = dist.all_gather_ragged(bank._classes, counts)
+        classes_T = dist.all_gather_ragged(bank.classes, counts)
         _one_by_one(queries, classes, everything, classes_T, normalise_again=False)
 
     def naive() -> None:
-        _one_by_one(queries, classes, bank.rows, bank._classes, normalise_again=True)
+        _one_by_one(queries, classes, bank.rows, bank.classes, normalise_again=True)
 
     function = {"ours": ours, "gather": gather, "naive": naive}.get(form, bank.rows.sum)
     sent = Sent()
@@ -130,7 +129,7 @@ def plan() -> Table:
     table = Table("data set", "rows", "workers", "rows/worker (GB)", "ids/worker, host (GB)",
                   "scores/slot (MB)", title="Memory plan, fp32, D = 512 (arithmetic)")  # fmt: skip
     for name, (_, num_rows, workers) in PLANNED.items():
-        row_bytes = DIM * 4 + 4 + 4 + 4 + 8  # vector, length, updates, last step, class
+        row_bytes = DIM * 4 + 4 + 4 + 12 + 8  # vector, length, updates, origin, class
         own = num_rows / workers
         asked = 2 * NUM_REGIONS * workers
         scores = min(asked * own, max(2**25, own)) * 4

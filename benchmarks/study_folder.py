@@ -17,30 +17,32 @@ from pathlib import Path
 
 import tyro
 
-from memseg_dist.runtime.study import print_scores, read_scores, run
+from memseg_dist.tools.study import print_scores, read_scores, run
 
 ROOT = Path(__file__).resolve().parents[1]
-NET = shlex.split("""
-    --backbone.name resnet18 --backbone.output-stride 8 --backbone.drop-path 0
-    --backbone.options channels [32,64,96,128]
-    --launch.launcher local --launch.workers 2 --loader.processes 1 --every.log 25""")
-PRETRAIN = shlex.split("""
-    --crop 96 --steps 1500 --optimizer.lr 2e-3 --optimizer.warmup-steps 50 --every.checkpoint 750
-    --sources.0.batch-per-slot 16""")
-TRAIN = shlex.split("""
+NET = """
+    --{0}backbone.name resnet18 --{0}backbone.output-stride 8 --{0}backbone.drop-path 0
+    --{0}backbone.options channels [32,64,96,128]
+    --launch.launcher local --launch.workers 2 --{0}loader.processes 1 --{0}every.log 25"""
+MILD = "--{0}sources.{1}.augment.scale-range 0.75 1.5 --{0}sources.{1}.augment.no-photometric"
+"""Flips and mild scaling: budgets of minutes leave no time to learn more invariances."""
+PRETRAIN = """
+    --crop 96 --train.steps 1500 --train.optimizer.lr 2e-3 --train.optimizer.warmup-steps 50
+    --train.every.checkpoint 750 --train.sources.0.batch-per-slot 16"""
+TRAIN = """
     --crop 128 --steps 300 --optimizer.kind adamw --optimizer.lr 1e-3
     --optimizer.weight-decay 0.01 --optimizer.warmup-steps 30 --optimizer.clip-norm 5
     --method.cls-weight 0.4 --method.aux-weight 0.4 --method.top-k 10 --method.warm-up 5
     --method.distance-threshold 1 --method.seg-denominator valid
     --sources.0.slots 2 --sources.1.slots 1 --sources.2.slots 1
     --sources.0.batch-per-slot 4 --sources.1.batch-per-slot 4 --sources.2.batch-per-slot 4
-    --validation.mode whole --every.evaluate 300 --every.checkpoint 300""")
-MILD = "--sources.{0}.augment.scale-range 0.75 1.5 --sources.{0}.augment.no-photometric"
-"""Flips and mild scaling: budgets of minutes leave no time to learn more invariances."""
+    --validation.mode whole --every.evaluate 300 --every.checkpoint 300"""
 
 
-def mild(*sources: int) -> list[str]:
-    return shlex.split(" ".join(MILD.format(source) for source in sources))
+def flags(prefix: str, own: str, *sources: int) -> list[str]:
+    """prefix: of the stage's flags."""
+    mild = " ".join(MILD.format(prefix, source) for source in sources)
+    return shlex.split(f"{NET.format(prefix)} {own} {mild}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def main(study: Study) -> None:
     shuffled = [coco / "train_labels_shuffled", study.shards / "i21k_like_shuffled"]
     backbone = study.storage / "pretrain" / "backbone.safetensors"
     if not backbone.exists():
+        pretrain = flags("train.", PRETRAIN, 0)
         where = ["--storage", study.storage, "--name", "pretrain"]
-        run(ROOT, "jobs/pretrain_folder.py", *NET, *PRETRAIN, *mild(0), "--labels", objects, *where)
+        run(ROOT, "jobs/pretrain_folder.py", *pretrain, "--labels", objects, *where)
     novel = json.loads((coco / "val" / "groups.json").read_text())["novel"]
     variants = {
         "baseline": ["--baseline", "--labels", *weak],
@@ -70,10 +73,10 @@ def main(study: Study) -> None:
     }
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for seed in study.seeds:
-        for number, (variant, flags) in enumerate(variants.items()):
+        for number, (variant, options) in enumerate(variants.items()):
             name = f"variant{number}_seed{seed}"
             run(
-                ROOT, "jobs/larvseg_folder.py", *NET, *TRAIN, *mild(0, 1, 2), *flags,
+                ROOT, "jobs/larvseg_folder.py", *flags("", TRAIN, 0, 1, 2), *options,
                 "--masks", coco / "train", "--val", coco / "val", "--novel", *novel,
                 "--backbone.pretrained", backbone,
                 "--storage", study.storage, "--name", name, "--seed", seed,

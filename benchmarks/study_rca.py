@@ -90,10 +90,9 @@ class Study:
 
 def method_of(variant: str):
     """The variant's RCAConfig. The presets keep the paper's alpha_1 and gate."""
-    from memseg_dist.methods.rca_config import RCAConfig, released
-    from memseg_dist.runtime.jobs import recipes
+    from memseg_dist.methods.rca.config import RCAConfig, released
 
-    _import_jobs(recipes().parent)
+    _import_jobs()
     from rca_scenes import METHOD
 
     preset = RCAConfig(head_width=METHOD.head_width, map_size=METHOD.map_size)
@@ -114,14 +113,17 @@ def run(study: Study, variant: str, seed: int) -> dict:
         LoaderConfig,
         TrackingConfig,
     )
-    from memseg_dist.runtime.label import LabelConfig, label
-    from memseg_dist.runtime.launch import launch
+    from memseg_dist.launch import launch
+    from memseg_dist.methods.rca.labeller import ActivationLabeller
+    from memseg_dist.stages import LabelConfig
+    from memseg_dist.tools.pseudo_labels import label
 
     method = method_of(variant)
-    from rca_scenes import FUSION, RcaScenes
+    from rca_scenes import FUSION, Options, stages
 
     started = time.perf_counter()
-    config = RcaScenes(data=str(study.data), backbone=str(study.backbone)).config()
+    options = Options(data=str(study.data), backbone=str(study.backbone))
+    config = stages(options)["classifier"]
     steps = study.epochs * 40
     name = f"{variant.replace(' ', '_').replace('+', 'plus')}-seed{seed}"
     config = replace(
@@ -145,9 +147,9 @@ def run(study: Study, variant: str, seed: int) -> dict:
     for maps in MAPS:
         report = label(
             LabelConfig(
-                result["checkpoint"], f"{study.data}/train", Path(config.directory, maps),
-                maps=maps, scales=(1.0,), fusion=FUSION, truth=f"{study.data}/train", workers=0,
-                num_pictures=4,
+                result["checkpoint"], f"{study.data}/train", f"{config.directory}/{maps}",
+                ActivationLabeller(maps=maps, scales=(1.0,), fusion=FUSION),
+                truth=f"{study.data}/train", workers=0, num_pictures=4,
             )
         )  # fmt: skip
         assert report.scores is not None
@@ -239,7 +241,7 @@ def end_with_parent() -> None:
 
 def prepare(study: Study) -> None:
     """Scenes and backbone, where they are not there yet."""
-    from memseg_dist.runtime import study as shared
+    from memseg_dist.tools import study as shared
 
     if not (study.data / "val" / "index.parquet").exists():
         shared.run(
@@ -252,11 +254,11 @@ def prepare(study: Study) -> None:
         shared.run(ROOT, "jobs/pretrain_scenes.py", "--storage", study.backbone.parents[1])
 
 
-def _import_jobs(root: Path) -> None:
+def _import_jobs() -> None:
     import sys
 
-    if str(root / "jobs") not in sys.path:
-        sys.path.insert(0, str(root / "jobs"))
+    if str(ROOT / "jobs") not in sys.path:
+        sys.path.insert(0, str(ROOT / "jobs"))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,16 @@ from pathlib import Path
 import measure
 import numpy as np
 import torch
+from reference import larvseg as reference
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock
-from memseg_dist.methods import larvseg_reference as reference
-from memseg_dist.methods.larvseg import LarvSeg, LarvSegConfig
-from memseg_dist.models.backbone import BackboneConfig, build_backbone
-from memseg_dist.models.cosine import CosineClassifier
+from memseg_dist.methods.larvseg.classifier import CosineClassifier
+from memseg_dist.methods.larvseg.config import LarvSegConfig
+from memseg_dist.methods.larvseg.method import LarvSeg
+from memseg_dist.nn.backbone import BackboneConfig, build_backbone
 
 VOCABULARIES = (171, 847, 21_841)
 DIM, CROP, STRIDE = 768, 320, 16
@@ -125,7 +126,7 @@ def backbone(num_classes: int, device: str) -> dict:
 
     def step() -> None:
         net.zero_grad()
-        net(images).mean().backward()
+        net(images)[0].mean().backward()
 
     return {"MiB": measure.peak_mebibytes(step), "seconds": measure.seconds(step, repeats=3)}
 

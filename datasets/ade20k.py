@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from memseg_dist.data.recipe import Mask, Picture, list_images, map_values, read_pixels
 from memseg_dist.data.vocabulary import Vocabulary
-from memseg_dist.runtime.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
 
 VOCABULARIES = Path(__file__).parent / "vocabularies"
 FOLDERS = {"train": "training", "val": "validation"}

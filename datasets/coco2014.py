@@ -28,8 +28,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from memseg_dist.data.class_lists import read_json
-from memseg_dist.data.recipe import (
+from memseg_dist.data.files import read_json
+from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.tools.build import (
+    BuildReport,
+    Options,
+    ShardTask,
+    build_dataset,
+    build_pictures,
+    command_line,
+)
+from memseg_dist.tools.recipe import (
     Mask,
     Picture,
     Skipped,
@@ -39,16 +48,7 @@ from memseg_dist.data.recipe import (
     read_file,
     read_pixels,
 )
-from memseg_dist.data.shards import Sample
-from memseg_dist.data.vocabulary import Vocabulary
-from memseg_dist.runtime.build import (
-    BuildReport,
-    Options,
-    ShardTask,
-    build_dataset,
-    build_pictures,
-    command_line,
-)
+from memseg_dist.tools.shards import Sample
 
 VOCABULARY = Path(__file__).parent / "vocabularies" / "coco_81.json"
 SAMPLE_TABLE = {255: 0} | {value: value + 1 for value in range(80)}

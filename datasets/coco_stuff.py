@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from memseg_dist.data.recipe import Mask, Picture, list_images, map_values, read_pixels
 from memseg_dist.data.vocabulary import Vocabulary
-from memseg_dist.runtime.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
 
 VOCABULARY = Path(__file__).parent / "vocabularies" / "coco_stuff_171.json"
 NUM_CLASSES = 171

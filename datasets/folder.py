@@ -19,26 +19,20 @@ import csv
 import functools
 import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from memseg_dist.data.class_lists import (
-    NO_UID,
-    fill_uids,
-    finder,
-    name_uid,
-    read_classes,
-    read_json,
-)
-from memseg_dist.data.files import read_bytes, write_atomically
-from memseg_dist.data.recipe import Mask, Picture, list_images, map_values, read_pixels
-from memseg_dist.data.shards import escape_key
-from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.runtime.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.data.files import read_bytes, read_json, write_atomically
+from memseg_dist.data.vocabulary import Category, Vocabulary, fold
+from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
+from memseg_dist.tools.shards import escape_key
+
+NO_UID = "?"
 
 
 @dataclass(frozen=True)
@@ -313,6 +307,88 @@ def read_by_table(path: str, table: Mapping[int, int]) -> Mask:
 
 def _key(relative: Path) -> str:
     return escape_key(str(relative.with_suffix("")))
+
+
+# ------------------------------------------------------------------------------------ class lists
+
+
+def read_classes(path: Path, uids: Path | None = None) -> Vocabulary:
+    """A class list (see above); ValueError for one that cannot be read."""
+    if path.suffix == ".json":
+        content = read_json(path)
+        if isinstance(content, dict) and "categories" in content:
+            return Vocabulary.from_json(content, origin=str(path))
+        names = content.get("classes") if isinstance(content, dict) else content
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f'{path}: expected [names], {{"classes": [names]}} or a vocabulary')
+        categories = [Category(NO_UID, name) for name in names]
+    else:
+        lines = [
+            line.split("\t") for line in read_bytes(path).decode().splitlines() if line.strip()
+        ]
+        categories = [_from_columns(line) for line in lines]
+    if not categories:
+        raise ValueError(f"{path}: no classes in it; write one name a line")
+    return Vocabulary(tuple(fill_uids(categories, uids, path)), origin=str(path))
+
+
+def _from_columns(columns: Sequence[str]) -> Category:
+    name, uid, synonyms = (*(column.strip() for column in columns), "", "")[:3]
+    others = tuple(text.strip() for text in synonyms.split(",") if text.strip())
+    return Category(uid or NO_UID, name, others)
+
+
+def fill_uids(categories: Sequence[Category], uids: Path | None, origin: Path) -> list[Category]:
+    """Fill in uids that are not given, from a vocabulary by name, else from the name."""
+    known: dict[str, Category] = {}
+    if uids:
+        reference = Vocabulary.load(uids).categories
+        for item in reference:  # a name of its own goes before another class's synonym
+            known.setdefault(fold(item.name), item)
+        for item in reference:
+            for synonym in item.synonyms:
+                known.setdefault(fold(synonym), item)
+    filled = []
+    for category in categories:
+        if category.uid != NO_UID:
+            filled.append(category)
+        elif (match := known.get(fold(category.name))) is not None:
+            names = [name for name in (match.name, *match.synonyms) if name != category.name]
+            filled.append(Category(match.uid, category.name, (*category.synonyms, *names)))
+        else:
+            filled.append(replace(category, uid=name_uid(category.name)))
+    seen: dict[str, str] = {}
+    for category in filled:
+        if category.uid in seen:
+            raise ValueError(
+                f"{origin}: classes {seen[category.uid]!r} and {category.name!r} both get uid "
+                f"{category.uid!r}; give them uids in the class list"
+            )
+        seen[category.uid] = category.name
+    return filled
+
+
+def name_uid(name: str) -> str:
+    return f"name:{fold(name)}"
+
+
+def finder(vocabulary: Vocabulary) -> Callable[[str, str], int]:
+    """find(label, where) -> local id of a name, synonym or uid."""
+    known: dict[str, int] = {}
+    for spelling in ("uid", "name"):
+        for local, category in enumerate(vocabulary.categories):
+            known.setdefault(getattr(category, spelling), local)
+    for local, category in enumerate(vocabulary.categories):
+        for spelled in category.spellings():
+            known.setdefault(spelled, local)
+
+    def find(label: str, where: str) -> int:
+        local = known.get(label, known.get(fold(label)))
+        if local is None:
+            raise ValueError(f"{where}: label {label!r} is not in the class list; add it there")
+        return local
+
+    return find
 
 
 if __name__ == "__main__":

@@ -34,12 +34,12 @@ import tyro
 from numpy.typing import NDArray
 
 from memseg_dist.data.files import read_bytes
-from memseg_dist.data.foreign import index_foreign
 from memseg_dist.data.index import Index
-from memseg_dist.data.recipe import IMAGE_SUFFIXES, Skipped, image_sample, read_file, shuffled
-from memseg_dist.data.shards import Sample, escape_key
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.runtime.build import BuildReport, Options, ShardTask, build_dataset, command_line
+from memseg_dist.tools.build import BuildReport, Options, ShardTask, build_dataset, command_line
+from memseg_dist.tools.external import index_external
+from memseg_dist.tools.recipe import IMAGE_SUFFIXES, Skipped, image_sample, read_file, shuffled
+from memseg_dist.tools.shards import Sample, escape_key
 
 VOCABULARIES = Path(__file__).parent / "vocabularies"
 Release = Literal["fall11", "google", "winter21"]
@@ -125,7 +125,7 @@ def build_raw(recipe: Raw) -> BuildReport:
 
 
 def index_ready(recipe: Ready) -> Path:
-    path = index_foreign(recipe.root, release_vocabulary(recipe.release), recipe.into)
+    path = index_external(recipe.root, release_vocabulary(recipe.release), recipe.into)
     print(f"{path}: {len(Index.open(path.parent)):,} images indexed")
     return path
 

@@ -37,8 +37,8 @@ from rich.progress import track
 
 from memseg_dist.batch import derive_seed
 from memseg_dist.data.files import make_folder, write_atomically
-from memseg_dist.data.shards import Sample, finish, write_shard
 from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.tools.shards import Sample, finish, write_shard
 
 Field = NDArray[np.float32]
 

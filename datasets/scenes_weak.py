@@ -40,9 +40,9 @@ from rich.progress import track
 from memseg_dist.batch import derive_seed
 from memseg_dist.data.files import make_folder, write_atomically
 from memseg_dist.data.index import Index
-from memseg_dist.data.shards import Sample, finish, write_shard
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.runtime.jobs import recipe
+from memseg_dist.tools.shards import Sample, finish, write_shard
+from memseg_dist.tools.shipped import recipe
 
 scenes: Any = recipe("scenes")
 

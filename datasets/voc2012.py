@@ -30,9 +30,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from memseg_dist.data.recipe import Mask, Picture, map_values, read_pixels
 from memseg_dist.data.vocabulary import Vocabulary
-from memseg_dist.runtime.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
+from memseg_dist.tools.recipe import Mask, Picture, map_values, read_pixels
 
 VOCABULARY = Path(__file__).parent / "vocabularies" / "voc_21.json"
 COUNTS = {"train_aug": 10_582, "train": 1_464, "val": 1_449}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from memseg_dist.runtime.study import print_scores, read_scores, run
+from memseg_dist.tools.study import print_scores, read_scores, run
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"baseline": ["--baseline"], "larvseg": []}

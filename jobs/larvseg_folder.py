@@ -13,23 +13,23 @@ has those of a run on 4,235 COCO and ImageNet-like pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+from folder_setup import labelled, read_vocabularies
 
 from memseg_dist.config import LaunchConfig, RunConfig, ValidationConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
-from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.evaluation.lookup import find_classes
-from memseg_dist.methods.larvseg import LarvSegConfig
-from memseg_dist.models.backbone import BackboneConfig
-from memseg_dist.runtime.jobs import Job, main
-
-SMOKE_CLASSES = Vocabulary(tuple(Category(f"name:{name}", name) for name in ("ant", "bee", "cat")))
+from memseg_dist.methods.larvseg.config import LarvSegConfig
+from memseg_dist.nn.backbone import BackboneConfig
+from memseg_dist.pipeline import JobOptions, main
+from memseg_dist.stages import Stage
 
 
 @dataclass(frozen=True)
-class LarvSegFolder(Job):
+class Options(JobOptions):
     """LarvSeg on your own pictures."""
 
     masks: str = "shards/masks"
@@ -45,52 +45,45 @@ class LarvSegFolder(Job):
     baseline: bool = False
     """The paper's baseline: no memory, no attentive loss."""
 
-    def config(self) -> RunConfig:
-        augment = AugmentConfig(crop=self.crop, resize=(4 * self.crop, self.crop))
-        labelled = [
-            Source(name, path, "labels", 2, 2, augment) for name, path in self._labels.items()
-        ]
-        base, novel, hidden = self._groups() if self.novel else ((), (), ())
-        return RunConfig(
-            name="baseline_folder" if self.baseline else "larvseg_folder",
-            storage="runs",
-            sources=(
-                Source("masks", self.masks, "masks", 4, 2, augment, exclude=hidden),
-                *labelled,
-            ),
-            method=LarvSegConfig(attention="off" if self.baseline else "cross_image"),
-            backbone=BackboneConfig(pretrained="hub", image_size=self.crop),
-            validation=ValidationConfig(
-                self.val,
-                name="val",
-                resize=(4 * self.crop, self.crop),
-                window=self.crop,
-                stride=self.crop,
-                base=base,
-                novel=novel,
-            ),
-            steps=20_000,
-            launch=LaunchConfig(workers=(1, 4)),
-        )
 
-    def _groups(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """uids: base and novel classes of --val, and the novel ones that --masks has to hide."""
-        vocabularies = self.vocabularies()
-        scored = vocabularies["val"]
-        novel = tuple(scored.uids[index] for index in find_classes(scored, self.novel))
-        base = tuple(uid for uid in scored.uids if uid not in novel)
-        return base, novel, tuple(uid for uid in novel if uid in vocabularies["masks"])
+def stages(options: Options) -> dict[str, Stage]:
+    crop, resize = options.crop, (4 * options.crop, options.crop)
+    augment = AugmentConfig(crop=crop, resize=resize)
+    base, novel, hidden = groups(options)
+    sources = [
+        Source("masks", options.masks, "masks", 4, 2, augment, exclude=hidden),
+        *(Source(*item, "labels", 2, 2, augment) for item in labelled(options.labels).items()),
+    ]
+    run = RunConfig(
+        name="baseline_folder" if options.baseline else "larvseg_folder",
+        storage="runs",
+        sources=tuple(sources),
+        method=LarvSegConfig(attention="off" if options.baseline else "cross_image"),
+        backbone=BackboneConfig(pretrained="hub", image_size=crop),
+        validation=ValidationConfig(
+            options.val, "val", resize=resize, window=crop, stride=crop, base=base, novel=novel
+        ),
+        steps=20_000,
+        launch=LaunchConfig(workers=(1, 4)),
+    )
+    return {"train": run}
 
-    def vocabularies(self) -> Mapping[str, Vocabulary]:
-        if self.smoke:
-            return dict.fromkeys(("masks", "val", "validation", *self._labels), SMOKE_CLASSES)
-        paths = {"masks": self.masks, "val": self.val, **self._labels}
-        return {name: Vocabulary.load(f"{path}/vocabulary.json") for name, path in paths.items()}
 
-    @property
-    def _labels(self) -> dict[str, str]:
-        return {f"labels_{number}": path for number, path in enumerate(self.labels)}
+def groups(options: Options) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """uids: base and novel classes of --val, and the novel ones that --masks has to hide."""
+    if not options.novel:
+        return (), (), ()
+    known = vocabularies(options)
+    uids = known["val"].uids
+    novel = tuple(uids[index] for index in find_classes(known["val"], options.novel))
+    base = tuple(uid for uid in uids if uid not in novel)
+    return base, novel, tuple(uid for uid in novel if uid in known["masks"])
+
+
+def vocabularies(options: Options) -> dict[str, Vocabulary]:
+    paths = {"masks": options.masks, "val": options.val, **labelled(options.labels)}
+    return read_vocabularies(paths, smoke=options.smoke)
 
 
 if __name__ == "__main__":
-    main(LarvSegFolder, __doc__)
+    main(Options, stages, vocabularies, __doc__)

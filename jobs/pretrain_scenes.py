@@ -9,50 +9,48 @@ sketch of this run; see docs/results.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from larvseg_scenes import AUGMENT, BACKBONE, draw_scenes
+from scenes_setup import AUGMENT, BACKBONE, NUM_OBJECTS
 
-from memseg_dist.config import Intervals, LaunchConfig, LoaderConfig, OptimizerConfig, RunConfig
+from memseg_dist.config import Intervals, LaunchConfig, LoaderConfig, OptimizerConfig
 from memseg_dist.data.loader import Source
+from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.classify import ClassifyConfig
-from memseg_dist.runtime.jobs import Job, main, save_trained_backbone
+from memseg_dist.pipeline import PipelineOptions, main
+from memseg_dist.stages import ExportConfig, Stage, result
+from memseg_dist.tools.shipped import recipe
 
 
 @dataclass(frozen=True)
-class PretrainScenes(Job):
+class Options(PipelineOptions):
     """Image classification of the scenes' objects."""
 
     data: str = "data/scenes"
     """Folder that datasets/scenes.py wrote."""
+    launch: LaunchConfig = LaunchConfig(workers=2)
 
-    def config(self) -> RunConfig:
-        return RunConfig(
-            name="pretrain_scenes",
-            storage="runs",
-            sources=(Source("objects", f"{self.data}/objects", "labels", 2, 16, AUGMENT),),
-            method=ClassifyConfig(),
-            backbone=BACKBONE,
-            steps=1200,
-            optimizer=OptimizerConfig("adamw", lr=2e-3, weight_decay=0.05, warmup_steps=50),
-            launch=LaunchConfig(workers=2),
-            loader=LoaderConfig(processes=1),
-            every=Intervals(log=25, checkpoint=600),
-        )
 
-    def draw(self, config: RunConfig) -> None:
-        draw_scenes(config)
+def stages(options: Options) -> dict[str, Stage]:
+    run = options.run(
+        options.name or "pretrain_scenes",
+        sources=(Source("objects", f"{options.data}/objects", "labels", 2, 16, AUGMENT),),
+        method=ClassifyConfig(),
+        backbone=BACKBONE,
+        steps=1200,
+        optimizer=OptimizerConfig("adamw", lr=2e-3, weight_decay=0.05, warmup_steps=50),
+        loader=LoaderConfig(processes=1),
+        every=Intervals(log=25, checkpoint=600),
+    )
+    return {
+        "train": run,
+        "export": ExportConfig(result("train"), result("train") + "/backbone.safetensors"),
+    }
 
-    def finish(
-        self, config: RunConfig, result: Mapping[str, Any], stages: Mapping[str, RunConfig]
-    ) -> None:
-        path = Path(config.directory, "backbone.safetensors")
-        save_trained_backbone(config, result["checkpoint"], path)
-        print(f"backbone    {path}")
+
+def vocabularies(options: Options) -> dict[str, Vocabulary]:
+    return {"objects": recipe("scenes").vocabulary("objects", NUM_OBJECTS)}
 
 
 if __name__ == "__main__":
-    main(PretrainScenes, __doc__)
+    main(Options, stages, vocabularies, __doc__)

@@ -26,12 +26,12 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Place(NamedTuple):
+class CropBox(NamedTuple):
     """Where the valid part of a crop lies in its stored image.
 
     left, top, width, height: in units of the stored image's sides, 0..1. flipped: mirrored left to
     right. rows, columns: the valid part is the crop's top left [rows, columns] pixels, padding is
-    right and below; 0 for a sample that was skipped, whose place is all zeros.
+    right and below; 0 for a sample that was skipped, whose box is all zeros.
 
     The centre of the crop's pixel (y, x), y < rows and x < columns, shows the point at
     top + height * (y + 0.5) / rows down and left + width * (x + 0.5) / columns across
@@ -47,8 +47,8 @@ class Place(NamedTuple):
     columns: int
 
 
-NOWHERE = Place(0.0, 0.0, 0.0, 0.0, False, 0, 0)
-"""The place of a sample that could not be read."""
+UNREADABLE = CropBox(0.0, 0.0, 0.0, 0.0, False, 0, 0)
+"""The crop box of a sample that could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Batch:
     labels: per image its label-space class ids, ascending; () where there are none. They stay on
         the host, so sizes that depend on them never cost a device synchronisation.
     skipped: how many of the B samples could not be read and were blanked (counted, reported).
-    places: per image where its crop lies in the stored image; () if whoever made the batch does
+    crop_boxes: per image where its crop lies in the stored image; () if whoever made the batch does
         not say.
     saliency: float32 [B, H, W] in 0..1, -1 on padding; None without `Source.saliency`.
     """
@@ -74,7 +74,7 @@ class Batch:
     supervision: Supervision
     keys: tuple[str, ...]
     skipped: int = 0
-    places: tuple[Place, ...] = ()
+    crop_boxes: tuple[CropBox, ...] = ()
     saliency: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -98,6 +98,7 @@ class Clock:
     slot: 0 .. num_slots - 1 within the step.
     idle: True when a worker with fewer slots repeats one to keep the collectives in step; its loss
         has weight 0 and what it proposes to a bank is dropped.
+    num_steps: steps of the run; 0 where unknown.
     """
 
     step: int
@@ -105,6 +106,11 @@ class Clock:
     num_slots: int = 1
     idle: bool = False
     seed: int = 0
+    num_steps: int = 0
+
+    def seed_forward(self) -> None:
+        """Dropout and drop-path of a forward pass: drawn by slot, not by worker."""
+        torch.manual_seed(self.seed_for("forward"))
 
     def seed_for(self, purpose: str) -> int:
         return derive_seed(self.seed, purpose, self.step, self.slot)

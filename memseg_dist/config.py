@@ -10,21 +10,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
 from memseg_dist import jsonable
+from memseg_dist.checks import check_numbers, require
+from memseg_dist.data.files import absolute
 from memseg_dist.data.loader import Source
-from memseg_dist.methods.classify import ClassifyConfig
-from memseg_dist.methods.larvseg import LarvSegConfig
-from memseg_dist.methods.rca_config import RCAConfig
-from memseg_dist.methods.segment import SegmentConfig
-from memseg_dist.models.backbone import BackboneConfig
-
-MethodConfig: TypeAlias = LarvSegConfig | RCAConfig | SegmentConfig | ClassifyConfig
-"""Told apart by their field `kind`."""
+from memseg_dist.methods import kinds  # noqa: F401 (fills MethodConfig.kinds)
+from memseg_dist.methods.method import MethodConfig
+from memseg_dist.nn.backbone import BackboneConfig
 
 
 def _shortened(default: str) -> str:
@@ -62,16 +58,20 @@ class ValidationConfig:
     """How many images are drawn as image | truth | prediction | maps."""
 
     def __post_init__(self) -> None:
-        _positive(self, "window", "stride", "max_images")
-        _check(min(self.resize) > 0, "validation.resize", self.resize, "two positive sides")
-        _check(self.num_panels >= 0, "validation.num_panels", self.num_panels, "0 or more")
+        check_numbers(
+            self,
+            "validation.",
+            positive=("window", "stride", "max_images"),
+            not_negative=("num_panels",),
+        )
+        require(min(self.resize) > 0, "validation.resize", self.resize, "two positive sides")
         if self.mode == "slide" and self.stride > self.window:
             raise ValueError(
                 f"validation.stride {self.stride} is larger than validation.window {self.window}: "
                 "pixels between the windows would have no prediction; use stride <= window"
             )
         both = sorted(set(self.base) & set(self.novel))
-        _check(not both, "validation.novel", both, "uids that are not in validation.base too")
+        require(not both, "validation.novel", both, "uids that are not in validation.base too")
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,25 @@ class OptimizerConfig:
     """Further factor on the learning rate of every `bias` of one axis."""
 
     def __post_init__(self) -> None:
-        _positive(self, "lr", "clip_norm", "decay")
-        _not_negative(
-            self, "momentum", "weight_decay", "power", "min_lr", "warmup_steps",
-            "backbone_lr_scale", "bias_lr_scale",
+        check_numbers(
+            self,
+            "optimizer.",
+            positive=("lr", "clip_norm", "decay"),
+            not_negative=(
+                "momentum", "weight_decay", "power", "min_lr", "warmup_steps",
+                "backbone_lr_scale", "bias_lr_scale",
+            ),
         )  # fmt: skip
         if self.schedule == "poly":
             wanted = f"at most lr ({self.lr})"
-            _check(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, wanted)
+            require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, wanted)
             wanted = "empty unless optimizer.schedule is 'step'"
-            _check(not self.milestones, "optimizer.milestones", self.milestones, wanted)
+            require(not self.milestones, "optimizer.milestones", self.milestones, wanted)
         ascend = all(one < next for one, next in zip((0, *self.milestones), self.milestones))
-        _check(ascend, "optimizer.milestones", self.milestones, "ascending steps above 0")
+        require(ascend, "optimizer.milestones", self.milestones, "ascending steps above 0")
         has_momentum = self.kind == "sgd" and self.momentum > 0
         wanted = "False unless optimizer.kind is 'sgd' with momentum above 0"
-        _check(not self.nesterov or has_momentum, "optimizer.nesterov", self.nesterov, wanted)
+        require(not self.nesterov or has_momentum, "optimizer.nesterov", self.nesterov, wanted)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class EngineConfig:
     zero_stage: int = 0
     """DeepSpeed: 0 replicates, 1 splits the optimizer's state over the workers, 2 gradients too."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast; weights, gradients and banks stay fp32."""
+    """bf16: the backbone runs under autocast; heads, losses, gradients and memories stay fp32."""
     activation_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass instead of keeping them."""
 
@@ -146,7 +150,7 @@ class EngineConfig:
                 "weight, while the class statistics, evaluation and world-size-free checkpoints "
                 "read whole weights; use 2, which splits gradients and optimizer state"
             )
-        _check(self.zero_stage in (0, 1, 2), "engine.zero_stage", self.zero_stage, "0, 1 or 2")
+        require(self.zero_stage in (0, 1, 2), "engine.zero_stage", self.zero_stage, "0, 1 or 2")
 
 
 @dataclass(frozen=True)
@@ -167,9 +171,9 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         low, high = self.workers_range
-        _check(1 <= low <= high, "launch.workers", self.workers, "1 or more, as n or (min, max)")
-        _positive(self, "cpus_per_worker")
-        _check(self.max_failures >= -1, "launch.max_failures", self.max_failures, "-1 or more")
+        require(1 <= low <= high, "launch.workers", self.workers, "1 or more, as n or (min, max)")
+        check_numbers(self, "launch.", positive=("cpus_per_worker",))
+        require(self.max_failures >= -1, "launch.max_failures", self.max_failures, "-1 or more")
 
     @property
     def workers_range(self) -> tuple[int, int]:
@@ -200,8 +204,7 @@ class LoaderConfig:
     """The cache forgets the least recently used shards above this size."""
 
     def __post_init__(self) -> None:
-        _not_negative(self, "processes")
-        _positive(self, "cache_bytes")
+        check_numbers(self, "loader.", positive=("cache_bytes",), not_negative=("processes",))
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ class Intervals:
     """How often the workers ask whether to stop (preemption, SIGTERM)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "log", "evaluate", "checkpoint", "keep_checkpoints", "poll")
+        check_numbers(self, "every.", positive=[f.name for f in dataclasses.fields(self)])
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,8 @@ class Relabelling:
     """Renames classes of one source before the vocabularies are joined."""
 
     source: str
-    path: str
-    """JSON file {local uid: {"uid": ..., "name": ..., "synonyms": [...]}}."""
+    classes: Annotated[str, tyro.conf.arg(help_behavior_hint=_shortened)]
+    """JSON {local uid: {"uid": ..., "name": ..., "synonyms": [...]}}."""
 
 
 @dataclass(frozen=True)
@@ -256,14 +259,14 @@ class RunConfig:
     must: refuse a run directory that has none."""
 
     def __post_init__(self) -> None:
-        _positive(self, "steps")
-        _check(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
-        _check(bool(self.sources), "sources", self.sources, "at least one source")
+        check_numbers(self, positive=("steps",))
+        require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
+        require(bool(self.sources), "sources", self.sources, "at least one source")
         names = [source.name for source in self.sources]
-        _check(len(set(names)) == len(names), "sources", names, "sources of different names")
+        require(len(set(names)) == len(names), "sources", names, "sources of different names")
         scored = [self.validation.name] if self.validation else []
         unknown = sorted({relabel.source for relabel in self.relabel} - {*names, *scored})
-        _check(not unknown, "relabel", unknown, f"sources of this run: {names + scored}")
+        require(not unknown, "relabel", unknown, f"sources of this run: {names + scored}")
         workers = self.launch.workers_range[1]
         if workers > self.num_slots:
             raise ValueError(
@@ -296,69 +299,32 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     validation, cache_dir = config.validation, config.loader.cache_dir
     weights, replace = config.backbone.pretrained, dataclasses.replace
     if weights not in ("", "hub"):
-        weights = _absolute(weights)
+        weights = absolute(weights)
     return replace(
         config,
-        storage=_absolute(config.storage),
+        storage=absolute(config.storage),
         sources=tuple(
             replace(
                 source,
-                path=_absolute(source.path),
-                saliency=source.saliency and _absolute(source.saliency),
+                path=absolute(source.path),
+                saliency=source.saliency and absolute(source.saliency),
             )
             for source in config.sources
         ),
         backbone=replace(config.backbone, pretrained=weights),
-        validation=validation and replace(validation, path=_absolute(validation.path)),
-        loader=replace(config.loader, cache_dir=cache_dir and _absolute(cache_dir)),
-        relabel=tuple(replace(item, path=_absolute(item.path)) for item in config.relabel),
+        validation=validation and replace(validation, path=absolute(validation.path)),
+        loader=replace(config.loader, cache_dir=cache_dir and absolute(cache_dir)),
     )
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The config as JSON values."""
-    return jsonable.encode(config)
-
-
-def from_dict(value: Any, where: str = "config") -> RunConfig:
-    """The inverse of `to_dict`. ValueError naming `where`, the dotted key and the known ones."""
-    return jsonable.decode(RunConfig, value, where)
-
-
 def to_json(config: RunConfig) -> str:
-    return json.dumps(to_dict(config), indent=2) + "\n"
+    return json.dumps(jsonable.encode(config), indent=2) + "\n"
 
 
 def from_json(text: str, where: str = "config") -> RunConfig:
-    """The inverse of `to_json`; `where` is the file to name in errors."""
+    """The inverse of `to_json`. ValueError naming the file `where`, the dotted key and more."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
-    return from_dict(value, where)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().resolve())
-
-
-def _check(fine: bool, key: str, value: Any, wanted: str) -> None:
-    if not fine:
-        raise ValueError(f"{key} is {value!r}; it must be {wanted}")
-
-
-def _positive(config: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _check(value is None or value > 0, _dotted(config, key), value, "above 0")
-
-
-def _not_negative(config: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _check(value >= 0, _dotted(config, key), value, "0 or more")
-
-
-def _dotted(config: Any, key: str) -> str:
-    section = type(config).__name__.removesuffix("Config").lower()
-    return key if section == "run" else f"{section.replace('intervals', 'every')}.{key}"
+    return jsonable.decode(RunConfig, value, where)

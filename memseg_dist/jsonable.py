@@ -1,8 +1,8 @@
 """Trees of frozen dataclasses as JSON values and back, strictly.
 
 `decode` is the exact inverse of `encode`. An unknown key, a missing one or a value of another type
-is a ValueError that names the file, the dotted key and what was expected. A field that may be one
-of several dataclasses is told by their field `kind`.
+is a ValueError that names the file, the dotted key and what was expected. A dataclass with a table
+`kinds` stands for those in it, told apart by their field `kind`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,13 @@ def encode(value: Any) -> Any:
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
     """{"optimizer.lr": "0.001", ...}: a config's leaves as a tracker takes them."""
     value = encode(config)
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        value = {part.get("name", index): part for index, part in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        return {prefix: str(value)}
     leaves: dict[str, str] = {}
-    stack: list[tuple[str, Any]] = [(prefix, value)]
-    while stack:
-        key, item = stack.pop()
-        entries: list[tuple[Any, Any]] = []
-        if isinstance(item, dict):
-            entries = list(item.items())
-        elif isinstance(item, list) and any(isinstance(part, dict) for part in item):
-            entries = [
-                (part.get("name", i) if isinstance(part, dict) else i, part)
-                for i, part in enumerate(item)
-            ]
-        if entries:
-            stack += [(f"{key}.{name}" if key else str(name), part) for name, part in entries]
-        else:
-            leaves[key] = str(item)
+    for name, part in value.items():
+        leaves |= flatten(part, f"{prefix}.{name}" if prefix else str(name))
     return dict(sorted(leaves.items()))
 
 
@@ -63,6 +54,8 @@ def _decode(kind: Any, value: Any, key: str, where: str) -> Any:
         if value not in arguments:
             raise ValueError(f"{where}: {key} is {value!r}; it must be one of {list(arguments)}")
         return value
+    if hasattr(kind, "kinds") and not hasattr(kind, "kind"):
+        return _decode(_of_kind(kind.kinds, value, key, where), value, key, where)
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, key, where)
     if origin is tuple:
@@ -81,18 +74,18 @@ def _decode(kind: Any, value: Any, key: str, where: str) -> Any:
     return value
 
 
+def _of_kind(kinds: Mapping[str, Any], value: Any, key: str, where: str) -> Any:
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{where}: {key}.kind is {kind!r}; it must be one of {sorted(kinds)}")
+    return kinds[kind]
+
+
 def _decode_union(members: tuple[Any, ...], value: Any, key: str, where: str) -> Any:
     if value is None and type(None) in members:
         return None
-    members = tuple(member for member in members if member is not type(None))
-    if len(members) > 1 and isinstance(value, dict):
-        tagged = {member.kind: member for member in members if hasattr(member, "kind")}
-        kind = value.get("kind")
-        if kind not in tagged:
-            raise ValueError(f"{where}: {key}.kind is {kind!r}; it must be one of {sorted(tagged)}")
-        return _decode(tagged[kind], value, key, where)
     errors = []
-    for member in members:
+    for member in (member for member in members if member is not type(None)):
         try:
             return _decode(member, value, key, where)
         except ValueError as error:

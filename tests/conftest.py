@@ -13,6 +13,14 @@ from process_pool import ProcessPool
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MEMSEG_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def process_pool():
     """`process_pool(world_size).run(function, *args)` -> per-rank results, over real gloo groups.
@@ -40,4 +48,14 @@ def real_data() -> Path:
     root = Path(os.environ.get("MEMSEG_REAL_DATA", REPOSITORY.parent / "shared" / "data"))
     if not root.is_dir():
         pytest.skip(f"no real images at {root}; set MEMSEG_REAL_DATA")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """The shards of `platforms.tiny_run`."""
+    from platforms.tiny_run import draw
+
+    root = tmp_path_factory.mktemp("tiny-data")
+    draw(root)
     return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 
@@ -12,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from train.shards import CATEGORIES, larvseg_config, write_squares
+from webdataset import TarWriter
 
 from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import Clock
 from memseg_dist.cli import main
 from memseg_dist.config import EngineConfig
-from memseg_dist.data.shards import Sample, finish, write_shard
 from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.tools.shards import Sample, finish, write_shard
 from memseg_dist.train.checkpoint import save
 from memseg_dist.train.engine import TorchEngine
 
@@ -32,10 +34,10 @@ def run(tmp_path_factory):
     config = larvseg_config(root, root / "runs", engine=EngineConfig("torch"))
     label_space = build_label_space(config)
     method = build_method(config, label_space)
-    bank = method.memory
+    bank = method.memory.rows
     generator = torch.Generator().manual_seed(0)
     for step, class_id in enumerate((0, 1, 3, 3, 0)):
-        rows = torch.nn.functional.normalize(torch.randn(1, bank.dim, generator=generator))
+        rows = torch.nn.functional.normalize(torch.randn(1, bank.shape[0], generator=generator))
         bank.propose([class_id], rows, Clock(step))
         bank.commit(Clock(step))
     engine = TorchEngine(method, config, torch.device("cpu"))
@@ -134,8 +136,8 @@ def test_eval_on_the_runs_own_validation_set(run, tmp_path, capsys):
     assert len([*tmp_path.glob("panel-*.png")]) == 2
 
 
-def test_eval_oracle(run, tmp_path, capsys):
-    command("eval", "--checkpoint", run[1], "--oracle", "--runs", 2, "--out", tmp_path)
+def test_eval_prototype_probe(run, tmp_path, capsys):
+    command("eval", "--checkpoint", run[1], "--prototype-probe", "--runs", 2, "--out", tmp_path)
     assert len(json.loads((tmp_path / "scores.json").read_text())["runs"]) == 2
     assert "std" in capsys.readouterr().out
 
@@ -217,3 +219,16 @@ def test_help_names_every_command(capsys):
             main([*words, "--help"])
         assert stopped.value.code == 0
         assert expected in capsys.readouterr().out
+
+
+def test_data_index_makes_shards_of_others_a_data_set(tmp_path, capsys):
+    with TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
+        for number in range(2):
+            buffer = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+            writer.write({"__key__": str(number), "png": buffer.getvalue(), "cls": b"1"})
+    command("data", "index", tmp_path)
+    command("data", "verify", tmp_path)
+    out = capsys.readouterr().out
+    assert "2 images" in out and "1 shards, 2 samples, 0 masks" in out
+    assert "no data set at" in fails("data", "index", tmp_path / "absent")

@@ -86,7 +86,11 @@ def test_unknown_key_names_file_key_and_neighbours(config, path, near):
         ("every.log", 0, r"every.log is 0; it must be above 0"),
         ("name", "a/b", r"name is 'a/b'; it must be a name without '/'"),
         ("sources", [], r"sources is \(\); it must be at least one source"),
-        ("relabel", [{"source": "x", "path": "y"}], r"relabel is \['x'\]; it must be sources of"),
+        (
+            "relabel",
+            [{"source": "x", "classes": "{}"}],
+            r"relabel is \['x'\]; it must be sources of",
+        ),
     ],
 )
 def test_values_are_checked_with_key_and_value(config, path, value, message):

@@ -9,8 +9,8 @@ from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock, derive_seed
 
 PLATFORMS = ("ray", "deepspeed", "mlflow", "webdataset")
-CORE = ("batch", "dist", "losses.weak", "losses.segmentation", "memory.bank", "methods.larvseg",
-        "methods.classify", "models.backbone", "models.cosine")  # fmt: skip
+CORE = ("batch", "dist", "memory.contrast", "memory.kmeans", "memory.means", "methods.kinds",
+        "methods.larvseg.method", "methods.rca.method", "nn.backbone")  # fmt: skip
 
 
 def test_core_imports_without_the_platforms():

@@ -19,10 +19,9 @@ from memseg_dist.cli.model import (
 )
 from memseg_dist.data.augment import fitted_size, resize_image
 from memseg_dist.data.files import make_folder
-from memseg_dist.evaluation.predict import read_image
-from memseg_dist.memory.bank import Bank
-from memseg_dist.memory.region_bank import RegionBank
-from memseg_dist.memory.search import PublishedRows, RowSearch
+from memseg_dist.memory.rows import ShardedRows
+from memseg_dist.tools.predict import read_image
+from memseg_dist.tools.search import PublishedRows, RowSearch
 
 
 def inspect(
@@ -34,7 +33,7 @@ def inspect(
     """Show what the memory holds, the coldest classes first.
 
     Args:
-        out: Folder to publish the bank to, as Parquet (uid, slot, vector, count, last_step).
+        out: Folder to publish the bank to, as Parquet (uid, position, vector, count, last_step).
         classes: Only these, comma-separated: names, synonyms or uids.
         show: At most so many classes.
     """
@@ -47,7 +46,7 @@ def inspect(
     rows, events, last = rows.sum(axis=0), events.sum(axis=0), last.max(axis=0)
     figures = bank.summary(opened.step)
     print(
-        f"step {opened.step}: {rows.sum():,} rows of {bank.dim} channels in {len(vocabulary)} "
+        f"step {opened.step}: {rows.sum():,} rows of {bank.shape[0]} channels in {len(vocabulary)} "
         f"classes; fill {figures['fill']:.1%}, coverage {figures['coverage']:.1%}, "
         f"staleness {figures['staleness']:.1f} steps"
     )
@@ -104,18 +103,18 @@ def search(
         assert image is not None and at is not None
         query = _pixel_embedding(opened, image, at, InferenceOptions(resize=resize))
     found = RowSearch(published if rows else means).nearest(query, neighbours)[0]
-    table = Table("cosine", "uid", "name", *(["slot"] if rows else []))
+    table = Table("cosine", "uid", "name", *(["position"] if rows else []))
     for item in found:
         known = item.uid in vocabulary
         name = vocabulary.names[vocabulary.index(item.uid)] if known else "?"
-        slot = [str(item.slot)] if rows else []
-        table.add_row(f"{item.cosine:.4f}", item.uid, name, *slot)
+        position = [str(item.position)] if rows else []
+        table.add_row(f"{item.cosine:.4f}", item.uid, name, *position)
     Console().print(table)
 
 
-def _bank(model: Model) -> Bank | RegionBank:
+def _bank(model: Model) -> ShardedRows:
     for memory in model.method.state().values():
-        if isinstance(memory, Bank | RegionBank):
+        if isinstance(memory, ShardedRows) and len(memory.shape) == 1:
             return memory
     raise ValueError("the method of this checkpoint has no memory bank (a baseline run?)")
 

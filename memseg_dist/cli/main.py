@@ -9,8 +9,11 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
-from memseg_dist.cli import bank, label, predict, score
-from memseg_dist.data.verify import verify
+from memseg_dist.cli import bank, predict, score
+from memseg_dist.cli.label import label_command
+from memseg_dist.data.index import Index
+from memseg_dist.tools.external import ensure_indexed
+from memseg_dist.tools.verify import verify
 
 DESCRIPTION = "Use, score and inspect what a run has learned."
 
@@ -21,30 +24,43 @@ def data_verify(root: Positional[str]) -> None:
     Args:
         root: Folder or URL with index.parquet and vocabulary.json.
     """
+    ensure_indexed([root])
     print(f"{root}: {verify(root)}")
 
 
-def commands() -> SubcommandApp:
+def data_index(root: Positional[str]) -> None:
+    """Index WebDataset shards that others made: KEY.jpg|png|webp with KEY.cls or KEY.json.
+
+    Args:
+        root: Folder or URL with *.tar; the index goes into it if it can be written to.
+    """
+    ensure_indexed([root])
+    print(f"{root}: {len(Index.open(root)):,} images")
+
+
+def commands(arguments: Sequence[str]) -> SubcommandApp:
     app, of_bank, of_data = SubcommandApp(), SubcommandApp(), SubcommandApp()
     app.command(name="predict")(predict.predict)
     app.command(name="eval")(score.score)
-    app.command(name="label")(label.label)
+    app.command(name="label")(label_command(arguments))
     of_bank.command(name="inspect")(bank.inspect)
     of_bank.command(name="search")(bank.search)
+    of_data.command(name="index")(data_index)
     of_data.command(name="verify")(data_verify)
     app.command(of_bank, name="bank", help="Look into the memory of a run.")
-    app.command(of_data, name="data", help="Check data sets.")
+    app.command(of_data, name="data", help="Index and check data sets.")
     return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit status 0 when done, 1 with one readable message, 2 for a wrong command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        commands().cli(
+        commands(arguments).cli(
             prog="memseg",
             description=DESCRIPTION,
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 from tyro.conf import arg
 
 from memseg_dist.config import RunConfig, ValidationConfig
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.evaluation.lookup import find_classes
-from memseg_dist.evaluation.predict import Inference
-from memseg_dist.train.trained import Model, chosen_device, find_checkpoint, open_checkpoint
+from memseg_dist.evaluation.sliding import Inference, Mode
+from memseg_dist.train.load_model import Model, chosen_device, find_checkpoint, load_model
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelOptions:
 class InferenceOptions:
     """How a picture goes through the model; by default as in the validation of the run."""
 
-    mode: Literal["whole", "slide"] | None = None
+    mode: Mode | None = None
     """The whole picture at once, or sliding windows whose logits are averaged."""
     resize: tuple[int, int] | None = None
     """Longest and shortest side that the picture is fitted to, its ratio kept."""
@@ -63,7 +63,7 @@ def open_model(options: ModelOptions, *, with_memories: bool = False) -> Model:
     ValueError naming the flag, or the damaged file.
     """
     checkpoint, device = find_checkpoint(options.checkpoint), chosen_device(options.device)
-    return open_checkpoint(checkpoint, device, with_memories=with_memories)
+    return load_model(checkpoint, device, with_memories)
 
 
 def chosen_classes(vocabulary: Vocabulary, wanted: str | None, flag: str) -> Sequence[int]:

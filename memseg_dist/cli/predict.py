@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from memseg_dist.cli.model import InferenceFlags, ModelFlags, chosen_classes, open_model
 from memseg_dist.data.files import make_folder
-from memseg_dist.evaluation.predict import predict_image, read_image, write_prediction
+from memseg_dist.tools.predict import predict_image, read_image, write_prediction
 
 
 def predict(

@@ -16,11 +16,12 @@ from memseg_dist.data.evalset import EvalDataset
 from memseg_dist.data.files import make_folder
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import LabelSpace
-from memseg_dist.evaluation.draw import draw_panels
 from memseg_dist.evaluation.evaluate import EvaluationResult, evaluate, evaluated_classes
 from memseg_dist.evaluation.metrics import EvaluatedClass
-from memseg_dist.evaluation.oracle import OracleResult, evaluate_oracle
-from memseg_dist.evaluation.predict import Inference
+from memseg_dist.evaluation.prototype_probe import PrototypeProbeResult, probe_prototypes
+from memseg_dist.evaluation.sliding import Inference
+from memseg_dist.tools.external import ensure_indexed
+from memseg_dist.tools.pictures.draw import draw_panels
 from memseg_dist.train.validate import training_image_counts
 
 EVALUATED = "evaluated"
@@ -37,7 +38,7 @@ def score(
     processes: int = 0,
     ignore_unknown: bool = False,
     buckets: bool = False,
-    oracle: bool = False,
+    prototype_probe: bool = False,
     points: int = 1,
     runs: int = 5,
 ) -> None:
@@ -51,19 +52,19 @@ def score(
         processes: Loader processes.
         ignore_unknown: Do not count pixels of classes that the model does not know.
         buckets: Score head, common and tail classes too; reads the indexes of the training sets.
-        oracle: The exploratory experiment instead: which classes an image shows is given, and
-            random pixels of each are its prototypes.
-        points: Pixels per class of --oracle.
-        runs: Draws of --oracle.
+        prototype_probe: LarvSeg's exploratory experiment instead: which classes an image shows is
+            given, and random pixels of each are its prototypes.
+        points: Pixels per class of --prototype-probe.
+        runs: Draws of --prototype-probe.
     """
     if panels and out is None:
         raise ValueError(f"--panels {panels} needs --out, the folder to write them to")
     opened = open_model(model, with_memories=bool(panels))
     settings = inference.resolved(opened.config)
     dataset, classes = _evaluated(opened, data, settings, ignore_unknown, buckets)
-    result: EvaluationResult | OracleResult
-    if oracle:
-        result = evaluate_oracle(
+    result: EvaluationResult | PrototypeProbeResult
+    if prototype_probe:
+        result = probe_prototypes(
             opened.method,
             dataset,
             classes,
@@ -79,10 +80,7 @@ def score(
             dataset,
             classes,
             device=opened.device,
-            mode=settings.mode,
-            window=settings.window,
-            stride=settings.stride,
-            memory_bytes=settings.memory_bytes,
+            inference=settings,
             max_images=max_images,
             num_processes=processes,
         )
@@ -92,7 +90,10 @@ def score(
         (folder / "scores.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
         if isinstance(result, EvaluationResult):
             (folder / "classes.txt").write_text(result.scores.class_table() + "\n")
-        _write_panels(opened, dataset, classes, settings, panels, folder)
+        drawn = draw_panels(opened.method, dataset, classes, panels, opened.device, settings)
+        for number, item in enumerate(drawn):
+            name = "".join(letter if letter.isalnum() else "-" for letter in item.key)
+            Image.fromarray(item.image).save(folder / f"panel-{number:02d}-{name}.png")
         print(f"written to {out}")
 
 
@@ -108,9 +109,11 @@ def _evaluated(
         if validation is None:
             raise ValueError("the run has no validation set; name one with --data")
         path, name = validation.path, validation.name
+        ensure_indexed([path])
         base, novel = validation.base, validation.novel
     else:
         path, name = data, EVALUATED
+        ensure_indexed([data])
         space = _with_vocabulary(space, Index.open(data), ignore_unknown)
     if not base and not novel:
         base, novel = _groups(config, space, name)
@@ -143,26 +146,3 @@ def _groups(config: RunConfig, space: LabelSpace, name: str) -> tuple[list[str],
             trained |= {uids[index] for index in space.classes(source.name)} - set(source.exclude)
     tested = [uids[index] for index in space.classes(name) if index != IGNORE]
     return [uid for uid in tested if uid in trained], [uid for uid in tested if uid not in trained]
-
-
-def _write_panels(
-    model: Model,
-    dataset: EvalDataset,
-    classes: list[EvaluatedClass],
-    settings: Inference,
-    num_panels: int,
-    folder: Path,
-) -> None:
-    drawn = draw_panels(
-        model.method,
-        dataset,
-        classes,
-        num_panels=num_panels,
-        device=model.device,
-        mode=settings.mode,
-        window=settings.window,
-        stride=settings.stride,
-    )
-    for number, item in enumerate(drawn):
-        name = "".join(letter if letter.isalnum() else "-" for letter in item.key)
-        Image.fromarray(item.image).save(folder / f"panel-{number:02d}-{name}.png")

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from memseg_dist.batch import IGNORE, Place
+from memseg_dist.batch import IGNORE, CropBox
 
 _CROP_TRIES = 10
 _BRIGHTNESS = 32.0  # added to 0..255
@@ -75,7 +75,7 @@ class Augmented(NamedTuple):
     image: Tensor
     valid: Tensor
     mask: Tensor | None
-    place: Place
+    crop_box: CropBox
     saliency: Tensor | None = None
 
 
@@ -102,7 +102,7 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def nearest_indices(old: int, new: int) -> Tensor:
-    """int64 [new]: the pixel of `old` whose place holds the centre of each new pixel."""
+    """int64 [new]: the pixel of `old` that holds the centre of each new pixel."""
     return ((torch.arange(new) * 2 + 1) * old) // (2 * new)
 
 
@@ -135,7 +135,7 @@ def augment(
         image, columns = functional.horizontal_flip_image(image), columns.flip(0)
     if config.photometric:
         image = distort_colours(image, draw)
-    place = Place(
+    crop_box = CropBox(
         left / new_width,
         top / new_height,
         len(columns) / new_width,
@@ -148,7 +148,7 @@ def augment(
         image=_padded(image, crop, 0),
         valid=_padded(torch.ones(image.shape[1:], dtype=torch.bool), crop, False),
         mask=None if mask is None else _padded(mask[rows][:, columns], crop, IGNORE),
-        place=place,
+        crop_box=crop_box,
         saliency=None
         if saliency is None
         else _padded(saliency[rows][:, columns].float() / 255, crop, -1),

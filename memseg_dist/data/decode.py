@@ -50,9 +50,10 @@ def open_image(content: bytes, image_format: str) -> Image.Image:
     return image
 
 
-def _load(image: Image.Image) -> None:
+def load_pixels(image: Image.Image) -> np.ndarray:
+    """The values as they are stored; CorruptSample if the data is damaged."""
     try:
-        image.load()
+        return np.array(image)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise CorruptSample(f"{image.format} data is damaged or cut short ({error})") from error
 
@@ -62,8 +63,9 @@ def decode_image(content: bytes, image_format: str) -> Tensor:
     image = open_image(content, image_format)
     if image.mode.startswith("I") or image.mode == "F":
         raise CorruptSample(f"image has mode {image.mode!r}; store 8 bits per channel")
-    _load(image)
-    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = load_pixels(image)  # before a conversion, whose errors say less
+    if image.mode != "RGB":
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -75,8 +77,7 @@ def decode_mask(content: bytes) -> Tensor:
             f"mask has mode {image.mode!r}; it must be a 16-bit grey PNG with {MASK_IGNORE} for "
             "unknown pixels"
         )
-    _load(image)
-    mask = np.array(image).astype(np.int32)
+    mask = load_pixels(image).astype(np.int32)
     mask[mask == MASK_IGNORE] = IGNORE
     return torch.from_numpy(mask)
 

@@ -14,7 +14,7 @@ from memseg_dist.data.cache import DEFAULT_CACHE_BYTES, ShardCache
 from memseg_dist.data.files import default_cache
 from memseg_dist.data.index import Index
 from memseg_dist.data.reader import Reader
-from memseg_dist.data.source import Source, check_source, known_mask
+from memseg_dist.data.source import Source, check_source, known
 from memseg_dist.data.vocabulary import LabelSpace
 
 
@@ -61,4 +61,4 @@ class EvalDataset(Dataset[EvalItem]):
         image, mask, labels = self._reader.read(row, with_mask=True)
         if self._resize is not None:
             image = resize_image(image, fitted_size(image.shape[1], image.shape[2], self._resize))
-        return EvalItem(image, known_mask(mask).long(), self.index.key(row), labels)
+        return EvalItem(image, known(mask).long(), self.index.key(row), labels)

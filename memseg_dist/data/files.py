@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -48,6 +50,12 @@ def local_path(path: str | Path) -> Path | None:
     return None if is_url(text) else Path(text)
 
 
+def absolute(path: str | Path) -> str:
+    """A local path as it is called from any working directory; a URL as it is."""
+    local = local_path(path)
+    return str(path) if local is None else str(local.expanduser().resolve())
+
+
 def exists(path: str | Path) -> bool:
     local = local_path(path)
     if local is not None:
@@ -66,6 +74,14 @@ def read_bytes(path: str | Path) -> bytes:
         return bytes(filesystem.cat_file(remote))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}; check the path") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; ValueError naming the path if it cannot be read."""
+    try:
+        return json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); write it again") from error
 
 
 def make_folder(path: str | Path) -> Path:

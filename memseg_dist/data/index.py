@@ -1,24 +1,26 @@
 """A data set's index, memory-mapped: what a row costs is disk, not RAM.
 
-`index.parquet` is copied once, row group by row group, into one flat file per column in the cache
-folder. Every process maps the same files, so 14 million rows cost a process what it touches.
+`index.parquet` is copied once, batch by batch of rows, into files in the cache folder. Every
+process maps the same files, so 14 million rows cost a process what it touches.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from memseg_dist.batch import derive_seed
-from memseg_dist.data import files, foreign
-from memseg_dist.data.columns import FACTS_NAME, FIXED_COLUMNS, LAYOUT, Facts, convert
-from memseg_dist.data.schema import FORMAT_CODES, INDEX_NAME, VOCABULARY_NAME
+from memseg_dist.data import files
+from memseg_dist.data.columns import FACTS_NAME, LAYOUT, ROWS_NAME, Facts, convert
+from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME
 from memseg_dist.data.vocabulary import Vocabulary
 
 
@@ -49,17 +51,19 @@ class Index:
 
     @classmethod
     def open(cls, root: str | Path, cache_dir: str | Path | None = None) -> Index:
-        """The index of `root`, a local folder or an fsspec URL.
+        """The index of `root`, a local folder or an fsspec URL: its index.parquet, or for a root
+        that cannot be written to the one that `tools.external` made in the cache.
 
-        Shards without an index (made by others) are indexed first, into `root` if it is writable.
+        ValueError if there is neither.
         """
-        root_text = files.check_path(root)
+        root_text = files.absolute(root)
         local = files.local_path(root_text)
-        root_text = str(local.resolve()) if local is not None else root_text
         cache = files.make_folder(Path(cache_dir or files.default_cache()) / "index")
         index_path = files.join(root_text, INDEX_NAME)
         if not files.exists(index_path):
-            index_path = foreign.index_on_first_use(root_text, cache)
+            index_path = str(external_index_folder(root_text, cache) / INDEX_NAME)
+            if not files.exists(index_path):
+                raise _no_index(root_text, local)
         folder = cache / f"{derive_seed(index_path, *_fingerprint(index_path), LAYOUT):016x}"
         if not folder.exists():
             with files.locked(folder.with_suffix(".lock")):
@@ -68,7 +72,10 @@ class Index:
         return cls(folder)
 
     def __len__(self) -> int:
-        return self._facts.num_rows
+        return int(self.shard_starts[-1])
+
+    def __str__(self) -> str:
+        return f"{len(self.shard_names)} shards, {len(self)} samples, {self.num_masks} masks"
 
     @property
     def root(self) -> str:
@@ -86,17 +93,17 @@ class Index:
     @property
     def shard_names(self) -> list[str]:
         """Paths relative to `root`, or whole paths where the index lies elsewhere."""
-        return self._facts.shard_names
+        return [*self._facts.shard_sizes]
 
     @cached_property
     def shard_sizes(self) -> NDArray[np.int64]:
         """Samples per shard."""
-        return np.array(self._facts.shard_sizes, dtype=np.int64)
+        return np.array([*self._facts.shard_sizes.values()], dtype=np.int64)
 
     @cached_property
     def shard_starts(self) -> NDArray[np.int64]:
         """[num_shards + 1]: the first row of each shard, then the number of rows."""
-        return np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        return np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
 
     @property
     def num_masks(self) -> int:
@@ -109,17 +116,9 @@ class Index:
         return self._facts.max_label
 
     @cached_property
-    def _columns(self) -> dict[str, NDArray[Any]]:
-        rows = {name: self._map(name, dtype, len(self)) for name, dtype in FIXED_COLUMNS.items()}
-        return rows | {"image_format": self._map("image_format", np.uint8, len(self))}
-
-    @cached_property
-    def _key_offsets(self) -> NDArray[np.int64]:
-        return self._map("key_offsets", np.int64, len(self) + 1)
-
-    @cached_property
-    def _key_bytes(self) -> NDArray[np.uint8]:
-        return self._map("key_bytes", np.uint8, self._facts.key_bytes)
+    def _rows(self) -> pa.Table:
+        with pa.memory_map(str(self._folder / ROWS_NAME)) as source:
+            return pa.ipc.open_file(source).read_all()
 
     @cached_property
     def labels_offsets(self) -> NDArray[np.int64]:
@@ -138,24 +137,15 @@ class Index:
     def row(self, number: int) -> Row:
         if not 0 <= number < len(self):
             raise IndexError(f"{self.root}: row {number} of {len(self)}")
-        columns = self._columns
-        shard = int(np.searchsorted(self.shard_starts, number, side="right")) - 1
-        return Row(
-            key=self.key(number),
-            shard=self.shard_names[shard],
-            image_offset=int(columns["image_offset"][number]),
-            image_size=int(columns["image_size"][number]),
-            image_format=FORMAT_CODES[columns["image_format"][number]],
-            mask_offset=int(columns["mask_offset"][number]),
-            mask_size=int(columns["mask_size"][number]),
-            width=int(columns["width"][number]),
-            height=int(columns["height"][number]),
-            labels=self.labels(number),
-        )
+        return Row(**self._rows.slice(number, 1).to_pylist()[0], labels=self.labels(number))
 
     def key(self, number: int) -> str:
-        first, last = self._key_offsets[number : number + 2]
-        return self._key_bytes[first:last].tobytes().decode()
+        return self._rows["key"][number].as_py()
+
+    def all_keys(self) -> Iterator[str]:
+        """Of all rows, many times faster than one by one."""
+        for chunk in self._rows["key"].chunks:
+            yield from chunk.to_pylist()
 
     def labels(self, number: int) -> tuple[int, ...]:
         first, last = self.labels_offsets[number : number + 2]
@@ -170,9 +160,9 @@ class Index:
 
     def check_shards(self) -> None:
         """ValueError if a local shard is missing or shorter than its index says."""
-        columns = self._columns
-        for name, last in zip(self.shard_names, self.shard_starts[1:] - 1, strict=True):
-            path = files.local_path(files.join(self.root, name))
+        for last in (self.shard_starts[1:] - 1).tolist():
+            row = self.row(last)
+            path = files.local_path(files.join(self.root, row.shard))
             if path is None:
                 continue
             if not path.exists():
@@ -180,13 +170,26 @@ class Index:
                     f"shard {path} is missing although {self.parquet} lists it; restore it or "
                     "write the data set again"
                 )
-            ends = [columns[f"{part}_offset"][last] + columns[f"{part}_size"][last]
-                    for part in ("image", "mask")]  # fmt: skip
-            if path.stat().st_size < max(ends):
+            end = max(row.image_offset + row.image_size, row.mask_offset + row.mask_size)
+            if path.stat().st_size < end:
                 raise ValueError(
                     f"shard {path} is cut short: {path.stat().st_size} bytes, but sample "
-                    f"{self.row(int(last)).key!r} ends at byte {max(ends)}; copy or write it again"
+                    f"{row.key!r} ends at byte {end}; copy or write it again"
                 )
+
+
+def external_index_folder(root: str, cache: Path) -> Path:
+    """Where the index of the shards in `root` lies, if it cannot lie beside them."""
+    return cache / f"external-{derive_seed(root):016x}"
+
+
+def _no_index(root: str, local: Path | None) -> ValueError:
+    if local is not None and not local.is_dir():
+        return ValueError(f"no data set at {root}: there is no such folder; check the path")
+    return ValueError(
+        f"{root}: no {INDEX_NAME}; for shards that others made write it with `memseg data index "
+        f"{root}`, else check the path"
+    )
 
 
 def _fingerprint(path: str) -> list[str]:

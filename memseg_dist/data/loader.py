@@ -169,14 +169,15 @@ class TrainLoader:
     def steps(self, start_step: int, stop_step: int) -> Iterator[list[tuple[Batch, Clock]]]:
         """This rank's micro-batches of steps [start_step, stop_step).
 
-        An idle slot comes last and is its batch again. One iterator at a time.
+        stop_step: the last of the run, which the clocks tell. An idle slot comes last and is its
+        batch again. One iterator at a time.
         """
         self._requests.span = range(start_step, stop_step)
         batches = iter(self._loader)
         for step in range(start_step, stop_step):
             made = {slot: next(batches) for slot in self._requests.slots}
             yield [
-                (made[slot], Clock(step, slot, self.num_slots, idle, self.seed))
+                (made[slot], Clock(step, slot, self.num_slots, idle, self.seed, stop_step))
                 for slot, idle in self.plan
             ]
 

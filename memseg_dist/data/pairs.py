@@ -11,7 +11,7 @@ from memseg_dist.batch import IGNORE
 from memseg_dist.data.index import Index
 from memseg_dist.data.source import Source, excluded_id
 from memseg_dist.data.vocabulary import LabelSpace
-from memseg_dist.memory.regions import Regions, image_id
+from memseg_dist.memory.layouts import Regions, image_id
 
 
 def labelled_regions(
@@ -29,10 +29,7 @@ def labelled_regions(
         excluded = [excluded_id(uid, source, label_space) for uid in source.exclude]
         to_union = np.where(np.isin(to_union, excluded), IGNORE, to_union)
         of_image = np.diff(index.labels_offsets)
-        keyed = ((row, index.key(row)) for row in np.flatnonzero(of_image).tolist())
-        ids = np.zeros(len(index), dtype=np.int64)
-        for row, key in keyed:
-            ids[row] = image_id(key)
+        ids = np.fromiter((image_id(key) for key in index.all_keys()), np.int64, len(index))
         _check_unique(ids[of_image > 0], index, source, seen)
         seen.append(ids[of_image > 0])
         label = to_union[index.labels_values].astype(np.int64)
@@ -54,8 +51,7 @@ def _check_unique(
     )
     if len(twice) == 0:
         return
-    keys = (index.key(row) for row in range(len(index)))
-    key = next(key for key in keys if image_id(key) == twice[0])
+    key = next(key for key in index.all_keys() if image_id(key) == twice[0])
     raise ValueError(
         f"source {source.name!r} at {source.path}: the image key {key!r} occurs twice in the "
         "sources of this run; memories know images by their keys: give them different ones"

@@ -59,6 +59,15 @@ class Reader:
         mask = self._mask(row) if with_mask and row.mask_size else None
         return Decoded(image, mask, self._labels(row))
 
+    def read_mask(self, number: int) -> Tensor:
+        """int64 [H, W] of a sample that has a mask."""
+        return self._mask(self.index.row(number)).long()
+
+    def image_bytes(self, number: int) -> bytes:
+        """The image's file as it is stored."""
+        row = self.index.row(number)
+        return os.pread(self._shard(row.shard).fileno(), row.image_size, row.image_offset)
+
     def _mask(self, row: Row) -> Tensor:
         mask = self._decode(row, row.mask_offset, row.mask_size, "mask")
         where = self._where(row, row.mask_offset)

@@ -6,12 +6,10 @@ saliency models. Read anew each time, also from a URL: keep them near the worker
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from memseg_dist.data.decode import CorruptSample, open_image
+from memseg_dist.data.decode import CorruptSample, load_pixels, open_image
 from memseg_dist.data.files import exists, join, read_bytes
 
 
@@ -41,7 +39,7 @@ def read_saliency(folder: str, key: str, size: tuple[int, int]) -> Tensor:
         image = open_image(read_bytes(path), "png")
         if image.mode != "L":
             raise CorruptSample(f"mode is {image.mode!r}; store 8-bit grey, 255 = salient")
-        pixels = _pixels(image)
+        pixels = load_pixels(image)
     except CorruptSample as error:
         raise CorruptSample(f"{where}: {error}") from error
     if pixels.shape != size:
@@ -50,10 +48,3 @@ def read_saliency(folder: str, key: str, size: tuple[int, int]) -> Tensor:
             f"{size[1]} x {size[0]}; write the maps in {folder} at the images' stored size"
         )
     return torch.from_numpy(pixels)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    try:
-        return np.array(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise CorruptSample(f"PNG data is damaged or cut short ({error})") from error

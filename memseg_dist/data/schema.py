@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "index.parquet"
 VOCABULARY_NAME = "vocabulary.json"
 PART_SUFFIX = ".index.parquet"
-FORMAT_CODES = ("jpg", "png", "webp")
+FORMATS = ("jpg", "png", "webp")
 
 
 def shard_name(number: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memseg_dist.batch import IGNORE, NOWHERE, Batch, Supervision, derive_seed
+from memseg_dist.batch import IGNORE, UNREADABLE, Batch, Supervision, derive_seed
 from memseg_dist.data.augment import AugmentConfig, Augmented, augment
 from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.decode import CorruptSample
@@ -109,10 +109,10 @@ class SourceReader:
             keys.append(key)
         masks = None
         if source.supervision == "masks":
-            masks = torch.stack([known_mask(crop.mask) for crop in crops]).long()
+            masks = torch.stack([known(crop.mask) for crop in crops]).long()
         saliency = None
         if source.saliency is not None:
-            saliency = torch.stack([_known_saliency(crop) for crop in crops])
+            saliency = torch.stack([known(crop.saliency) for crop in crops])
         return Batch(
             images=torch.stack([crop.image for crop in crops]),
             valid=torch.stack([crop.valid for crop in crops]),
@@ -122,7 +122,7 @@ class SourceReader:
             supervision=source.supervision,
             keys=tuple(keys),
             skipped=skipped,
-            places=tuple(crop.place for crop in crops),
+            crop_boxes=tuple(crop.crop_box for crop in crops),
             saliency=saliency,
         )
 
@@ -134,27 +134,18 @@ class SourceReader:
         saliency = None
         if source.saliency is not None:
             saliency = read_saliency(source.saliency, key, (image.shape[1], image.shape[2]))
-        seed = derive_seed(self._seed, "augment", draw.epoch, key, *_again(draw))
+        copy = (draw.copy,) if draw.copy else ()  # a repeat is augmented in its own way
+        seed = derive_seed(self._seed, "augment", draw.epoch, key, *copy)
         by_mask = not source.hide_mask
         crop = augment(image, mask, source.augment, seed, crop_by_mask=by_mask, saliency=saliency)
         if source.supervision == "none":
             return crop, ()
-        return crop, classes_at_half_size(known_mask(crop.mask)) if from_crop else labels
+        return crop, classes_at_half_size(known(crop.mask)) if from_crop else labels
 
 
-def _again(draw: Draw) -> tuple[int, ...]:
-    """So that a repeat within an epoch is augmented in its own way."""
-    return (draw.copy,) if draw.copy else ()
-
-
-def known_mask(mask: Tensor | None) -> Tensor:
-    assert mask is not None, "check_source lets no sample without a mask come here"
-    return mask
-
-
-def _known_saliency(crop: Augmented) -> Tensor:
-    assert crop.saliency is not None, "every sample of a source with saliency has a map"
-    return crop.saliency
+def known(pixels: Tensor | None) -> Tensor:
+    assert pixels is not None, "check_source lets no sample without them come here"
+    return pixels
 
 
 def classes_at_half_size(mask: Tensor) -> tuple[int, ...]:
@@ -167,7 +158,7 @@ def _blank(crop: int) -> Augmented:
     mask = torch.full((crop, crop), IGNORE, dtype=torch.int32)
     valid = torch.zeros(crop, crop, dtype=torch.bool)
     image, saliency = torch.zeros(3, crop, crop, dtype=torch.uint8), torch.full((crop, crop), -1.0)
-    return Augmented(image, valid, mask, NOWHERE, saliency)
+    return Augmented(image, valid, mask, UNREADABLE, saliency)
 
 
 def check_source(source: Source, index: Index, num_classes: int) -> None:

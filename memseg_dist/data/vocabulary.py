@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memseg_dist.data.files import read_bytes, write_atomically
+from memseg_dist.data.files import read_json, write_atomically
 
 VOCABULARY_FORMAT = 1
+
+
+def fold(name: str) -> str:
+    """A name with case, '_', '-' and runs of spaces levelled."""
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,8 @@ class Category:
             )
 
     def spellings(self) -> set[str]:
-        """All names, with case, '_' and '-' levelled, for telling whether two mean the same."""
-        return {
-            " ".join(text.casefold().replace("_", " ").replace("-", " ").split())
-            for text in (self.name, *self.synonyms)
-        }
+        """All names as `fold` levels them, for telling whether two mean the same."""
+        return {fold(text) for text in (self.name, *self.synonyms)}
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,7 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """From a local path or an fsspec URL."""
-        content = read_bytes(path)
-        try:
-            value = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"vocabulary {path}: not JSON ({error}); write it again") from error
-        return cls.from_json(value, origin=str(path))
+        return cls.from_json(read_json(path), origin=str(path))
 
     def save(self, path: str | Path) -> None:
         text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
@@ -166,7 +163,7 @@ class LabelSpace:
         for source in relabel:
             if source not in vocabularies:
                 raise ValueError(f"relabelling of source {source!r}: known are {[*vocabularies]}")
-        merged: dict[str, _Merged] = {}
+        merged: dict[str, list[tuple[Category, str]]] = {}
         to_union = {}
         for source, vocabulary in vocabularies.items():
             changes = relabel.get(source, {})
@@ -176,14 +173,14 @@ class LabelSpace:
                         f"relabelling of source {source!r}: its vocabulary {vocabulary.origin} has "
                         f"no class with uid {uid!r}; remove it from the relabelling"
                     )
-            ids = []
-            for category in vocabulary.categories:
-                target = changes.get(category.uid, category)
-                entry = merged.setdefault(target.uid, _Merged(len(merged), target))
-                entry.add(target, vocabulary.origin or f"of source {source!r}")
-                ids.append(entry.union_id)
+            where = vocabulary.origin or f"of source {source!r}"
+            targets = [changes.get(item.uid, item) for item in vocabulary.categories]
+            for target in targets:
+                merged.setdefault(target.uid, []).append((target, where))
+            union_ids = {uid: number for number, uid in enumerate(merged)}
+            ids = [union_ids[target.uid] for target in targets]
             to_union[source] = np.array(ids, dtype=np.int32)
-        categories = tuple(entry.category() for entry in merged.values())
+        categories = tuple(_merge(same) for same in merged.values())
         return cls(Vocabulary(categories, origin="of the label space"), to_union)
 
     def ids(self, source: str) -> NDArray[np.int32]:
@@ -228,28 +225,17 @@ class LabelSpace:
         return cls(vocabulary, to_union)
 
 
-class _Merged:
-    """One class of the union while sources are added to it."""
-
-    def __init__(self, union_id: int, first: Category) -> None:
-        self.union_id = union_id
-        self.first = first
-        self.names: dict[str, None] = {}
-        self.spellings: set[str] = set()
-        self.origin = ""
-
-    def add(self, category: Category, origin: str) -> None:
-        spellings = category.spellings()
-        if self.spellings and self.spellings.isdisjoint(spellings):
+def _merge(same: Sequence[tuple[Category, str]]) -> Category:
+    """One class of the union from what the sources (category, where) call it."""
+    first, origin = same[0]
+    spellings: set[str] = set()
+    for category, where in same:
+        if spellings and spellings.isdisjoint(category.spellings()):
             raise ValueError(
-                f"uid {category.uid!r} means {self.first.name!r} in vocabulary {self.origin} but "
-                f"{category.name!r} in vocabulary {origin}; if they are one class give them a "
+                f"uid {category.uid!r} means {first.name!r} in vocabulary {origin} but "
+                f"{category.name!r} in vocabulary {where}; if they are one class give them a "
                 "common name or synonym, else give one of them another uid (or relabel it)"
             )
-        self.origin = self.origin or origin
-        self.spellings |= spellings
-        self.names.update(dict.fromkeys((category.name, *category.synonyms)))
-
-    def category(self) -> Category:
-        synonyms = tuple(name for name in self.names if name != self.first.name)
-        return Category(self.first.uid, self.first.name, synonyms)
+        spellings |= category.spellings()
+    names = dict.fromkeys(name for item, _ in same for name in (item.name, *item.synonyms))
+    return Category(first.uid, first.name, tuple(name for name in names if name != first.name))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,21 +16,20 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from memseg_dist import dist
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.metrics import (
-    BucketThresholds,
     EvaluatedClass,
     Group,
     SegmentationMetrics,
     SegmentationScores,
 )
-from memseg_dist.evaluation.sliding import DEFAULT_MEMORY_BYTES, Mode, segment
-from memseg_dist.methods.method import Method
+from memseg_dist.evaluation.sliding import SLIDE, Inference, segment
+from memseg_dist.methods.method import Method, evaluation_mode
 
 Item = tuple[Tensor, Tensor, str, Sequence[int]]
 """image uint8 [3, Y, X]; truth int64 [H, W] of label-space ids or IGNORE; key; labels."""
@@ -115,13 +113,9 @@ def evaluate(
     classes: Sequence[EvaluatedClass],
     *,
     device: torch.device | str,
-    mode: Mode = "slide",
-    window: int = 512,
-    stride: int = 512,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    inference: Inference = SLIDE,
     max_images: int | None = None,
     num_processes: int = 0,
-    thresholds: BucketThresholds | None = None,
     show_progress: bool = True,
 ) -> EvaluationResult:
     """Segment every image over `classes` and compare. A collective: all ranks, the same arguments.
@@ -137,21 +131,14 @@ def evaluate(
     ids = torch.tensor([item.class_id for item in classes], device=device)
     with evaluation_mode(method):
         for image, truth, key, _ in own_share(dataset, num_images, num_processes, show_progress):
-            prediction = segment(
-                method.predict,
-                image.to(device, non_blocking=True),
-                ids,
-                mode=mode,
-                window=window,
-                stride=stride,
-                out_size=(truth.shape[-2], truth.shape[-1]),
-                memory_bytes=memory_bytes,
-            )
+            image = image.to(device, non_blocking=True)
+            out_size = (truth.shape[-2], truth.shape[-1])
+            prediction = segment(method.predict, image, ids, inference, out_size)
             try:
                 metrics.update(prediction, to_evaluated(truth.to(device), ids))
             except ValueError as error:
                 raise ValueError(f"image {key!r}: {error}") from error
-    scores = metrics.scores(classes, thresholds)
+    scores = metrics.scores(classes)
     return EvaluationResult(scores, num_images, time.monotonic() - started)
 
 
@@ -168,9 +155,8 @@ def own_share(
 ) -> Iterator[Item]:
     """This rank's images among the first `num_images`, with a progress bar on rank 0."""
     indices = range(dist.rank(), num_images, dist.size())
-    loader = DataLoader(
-        _Picked(dataset, indices), batch_size=None, num_workers=num_processes, collate_fn=_identity
-    )
+    own: Any = Subset(dataset, indices)  # type: ignore[arg-type]
+    loader = DataLoader(own, batch_size=None, num_workers=num_processes, collate_fn=_identity)
     yield from track(
         loader,
         description="evaluating",
@@ -178,30 +164,6 @@ def own_share(
         console=Console(stderr=True),
         disable=not show_progress or dist.rank() != 0,
     )
-
-
-@contextmanager
-def evaluation_mode(method: nn.Module) -> Iterator[None]:
-    """No gradients and every module in eval mode; each module's own mode is restored after."""
-    training = [(module, module.training) for module in method.modules()]
-    method.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-class _Picked(Dataset):
-    def __init__(self, dataset: EvaluationImages, indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Item:
-        return self.dataset[self.indices[position]]
 
 
 def _identity(item: T) -> T:

@@ -36,17 +36,14 @@ class EvaluatedClass:
     training_images: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BucketThresholds:
-    """Head: more than `head` training images; tail: at most `tail`; common: between (as LVIS)."""
+HEAD, TAIL = 100, 10
 
-    head: int = 100
-    tail: int = 10
 
-    def bucket(self, training_images: int) -> str:
-        if training_images > self.head:
-            return "head"
-        return "tail" if training_images <= self.tail else "common"
+def bucket(training_images: int) -> str:
+    """head: more than HEAD training images; tail: at most TAIL; common: between (as LVIS)."""
+    if training_images > HEAD:
+        return "head"
+    return "tail" if training_images <= TAIL else "common"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +151,10 @@ class SegmentationMetrics:
         intersections, predicted, target = dist.all_reduce_sum(self._sums_3K.clone()).cpu()
         return intersections, predicted + target - intersections, target
 
-    def scores(
-        self,
-        classes: Sequence[EvaluatedClass],
-        thresholds: BucketThresholds | None = None,
-    ) -> SegmentationScores:
+    def scores(self, classes: Sequence[EvaluatedClass]) -> SegmentationScores:
         """IoU per class and per group. A collective."""
         if len(classes) != self.num_classes:
             raise ValueError(f"{len(classes)} class names for {self.num_classes} evaluated classes")
-        thresholds = thresholds or BucketThresholds()
         intersections, unions, target = self.totals()
         iou = (intersections.double() / unions.double()).tolist()  # 0 / 0 = nan: absent
         predicted = unions - target + intersections
@@ -171,9 +163,7 @@ class SegmentationMetrics:
                 uid=item.uid,
                 name=item.name,
                 group=item.group,
-                bucket=None
-                if item.training_images is None
-                else thresholds.bucket(item.training_images),
+                bucket=None if item.training_images is None else bucket(item.training_images),
                 iou=iou[index],
                 pixels=int(target[index]),
                 predicted_pixels=int(predicted[index]),

@@ -4,29 +4,44 @@ From low-resolution logits to labels everything but the argmax is linear: upsamp
 averaging overlapping windows, resizing to the original size. So classes go through it a chunk at a
 time, with a running maximum; no tensor of shape [classes, pixels] exists.
 
-Shape letters: K classes, k classes of one chunk, D channels, N windows of n x m pixels with h x w
-features each, Y x X pixels of the image given to the model, H x W pixels of the result.
+Shape letters: K classes, k classes of one chunk, windows of n x m pixels with h x w positions each,
+Y x X pixels of the image given to the model, H x W pixels of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memseg_dist.methods.method import LinearLogits
+from memseg_dist.methods.method import MATMUL_CLASSES, LinearLogits, Prediction
+from memseg_dist.nn.resize import upsample_positions
 
-Predict = Callable[[Tensor, Tensor], LinearLogits]
+Predict = Callable[[Tensor, Tensor], Prediction]
 Mode = Literal["whole", "slide"]
 
-DEFAULT_MEMORY_BYTES = 512 * 2**20
-MATMUL_CLASSES = 256
-"""Classes per matrix product. Always this many (padded), whatever the chunk: a product of another
-shape may round otherwise, and then equal classes would not tie."""
+
+@dataclass(frozen=True)
+class Inference:
+    """How a picture goes through a model: fitted to `resize`, then whole or in windows."""
+
+    mode: Mode = "slide"
+    resize: tuple[int, int] = (2048, 512)
+    """Longest and shortest side that a picture is fitted to, by whoever reads it."""
+    window: int = 512
+    stride: int = 512
+    memory_bytes: int = 512 * 2**20
+    """Bound on what is held at once beyond the predictions (features of h x w x D per window, one
+    set of class vectors) and the maps [H, W] of the result. At least one class is processed at a
+    time, so one class's maps (4 bytes x (Y X + H W)) are the floor."""
+
+
+SLIDE, WHOLE = Inference(), Inference(mode="whole")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +58,9 @@ class Window:
         return self.bottom - self.top, self.right - self.left
 
 
-@dataclass(frozen=True)
-class _View:
-    """One window's features [D, h * w] and the size [h, w] they are to be unfolded to."""
-
+class _View(NamedTuple):
     window: Window
-    features: Tensor
-    grid: tuple[int, int]
+    prediction: Prediction
 
 
 def windows(size: tuple[int, int], window: int, stride: int) -> list[Window]:
@@ -70,118 +81,100 @@ def windows(size: tuple[int, int], window: int, stride: int) -> list[Window]:
     ]
 
 
+def image_windows(size: tuple[int, int], inference: Inference) -> list[Window]:
+    """The windows of an image of [height, width] pixels: a single one for mode "whole"."""
+    if inference.mode not in ("whole", "slide"):
+        raise ValueError(f"mode {inference.mode!r}: use 'whole' or 'slide'")
+    if inference.mode == "whole":
+        return [Window(0, 0, *size)]
+    return windows(size, inference.window, inference.stride)
+
+
 def segment(
     predict: Predict,
     image: Tensor,
     classes: Tensor,
-    *,
-    mode: Mode = "whole",
-    window: int = 512,
-    stride: int = 512,
+    inference: Inference = WHOLE,
     out_size: tuple[int, int] | None = None,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
 ) -> Tensor:
     """Per pixel the index into `classes` of the largest logit: int64 [H, W]; ties: the first index.
 
-    predict: uint8 [1, 3, n, m] and `classes` -> LinearLogits whose weight and bias depend on the
-        classes alone.
+    predict: uint8 [1, 3, n, m] and `classes` -> a Prediction, in which the vector of a class must
+        depend on `classes` alone.
     image: uint8 [3, Y, X]; out_size: H, W of the result, default Y, X.
-    memory_bytes: bound on what is held at once beyond the features (h x w x D per window) and the
-        two [H, W] maps of the result; at least one class is processed at a time, so one class's
-        maps (4 bytes x (Y X + H W)) are the floor.
     """
-    views, head = _views(predict, image, classes, mode, window, stride)
-    with torch.autocast(image.device.type, enabled=False):  # the argmax is exact in fp32 only
-        return _argmax(views, head, (image.shape[-2], image.shape[-1]), out_size, memory_bytes)
+    return _best(predict, image, classes, inference, out_size)[0]
 
 
-def segment_dense(
+def segment_confident(
     predict: Predict,
     image: Tensor,
     classes: Tensor,
-    *,
-    mode: Mode = "whole",
-    window: int = 512,
-    stride: int = 512,
+    inference: Inference = WHOLE,
     out_size: tuple[int, int] | None = None,
-) -> Tensor:
-    """The slow twin of `segment`: all K classes at full size, as the definition has it."""
-    size = (image.shape[-2], image.shape[-1])
-    area = [Window(0, 0, *size)] if mode == "whole" else windows(size, window, stride)
-    total = torch.zeros(len(classes), *size)
-    count = torch.zeros(size)
-    for part in area:
-        crop = image[None, :, part.top : part.bottom, part.left : part.right]
-        dense = predict(crop, classes).dense().to("cpu", torch.float32)
-        up = upsample_positions(dense[0], part.size)
-        total[:, part.top : part.bottom, part.left : part.right] += up
-        count[part.top : part.bottom, part.left : part.right] += 1
-    average = total / count
-    if out_size is not None and out_size != size:
-        average = _resize(average, out_size)
-    return average.argmax(dim=0)
+) -> tuple[Tensor, Tensor]:
+    """As `segment`, with the softmax probability of the chosen class: float32 [H, W] in 0..1."""
+    log_sum = torch.full(out_size or image.shape[-2:], -torch.inf, device=image.device)
+    label, best = _best(predict, image, classes, inference, out_size, log_sum)
+    return label, (best - log_sum).exp_()
 
 
-def _argmax(
-    views: list[_View],
-    head: LinearLogits,
-    size: tuple[int, int],
+def _best(
+    predict: Predict,
+    image: Tensor,
+    classes: Tensor,
+    inference: Inference,
     out_size: tuple[int, int] | None,
-    memory_bytes: int,
-) -> Tensor:
+    log_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The argmax and the largest logit; log sum exp over the classes is added to `log_sum`."""
+    views = _views(predict, image, classes, inference)
+    size = (image.shape[-2], image.shape[-1])
     out_size = out_size or size
-    chunk = _chunk_size(views, size, out_size, memory_bytes)
-    best = torch.full(out_size, -torch.inf, dtype=head.weight.dtype, device=head.weight.device)
-    label = torch.zeros(out_size, dtype=torch.int64, device=head.weight.device)
+    best = torch.full(out_size, -torch.inf, device=image.device)
+    label = torch.zeros(out_size, dtype=torch.int64, device=image.device)
     coverage = _coverage(views, size, best)
-    num_classes = head.weight.shape[0]
-    for block in range(0, num_classes, MATMUL_CLASSES):
-        low = [_low_resolution(view, head, block) for view in views]
-        block_stop = min(block + MATMUL_CLASSES, num_classes)
-        for start in range(block, block_stop, chunk):
-            stop = min(start + chunk, block_stop)
-            maps = [logits[start - block : stop - block] for logits in low]
-            value, index = _full_resolution(maps, views, coverage, size, out_size).max(dim=0)
-            better = value > best  # strictly: of equal logits the earlier chunk keeps the pixel
-            best = torch.where(better, value, best)
-            label = torch.where(better, index + start, label)
-        del low, maps  # else two blocks would be held at once
-    return label
+    num_classes = views[0].prediction.num_classes
+    with torch.autocast(image.device.type, enabled=False):  # the argmax is exact in fp32 only
+        for block in range(0, num_classes, MATMUL_CLASSES):
+            block_stop = min(block + MATMUL_CLASSES, num_classes)
+            low = [view.prediction.chunk(block, block_stop)[0] for view in views]
+            chunk = _chunk_size(views, low, size, out_size, inference.memory_bytes)
+            if log_sum is not None:
+                chunk = max(1, chunk // 2)  # the exponentials take as much again
+            for start in range(block, block_stop, chunk):
+                stop = min(start + chunk, block_stop)
+                maps = [logits[start - block : stop - block] for logits in low]
+                full = _full_resolution(maps, views, coverage, size, out_size)
+                value, index = full.max(dim=0)
+                if log_sum is not None:
+                    torch.logaddexp(log_sum, full.logsumexp(dim=0), out=log_sum)
+                better = value > best  # strictly: of equal logits the earlier chunk keeps the pixel
+                best = torch.where(better, value, best)
+                label = torch.where(better, index + start, label)
+                del full
+            del low, maps  # else two blocks would be held at once
+    return label, best
 
 
-def _views(
-    predict: Predict, image: Tensor, classes: Tensor, mode: Mode, window: int, stride: int
-) -> tuple[list[_View], LinearLogits]:
-    """The features of every window, in fp32, and the head that all of them share."""
+def _views(predict: Predict, image: Tensor, classes: Tensor, inference: Inference) -> list[_View]:
+    """The prediction of every window."""
     if image.dim() != 3 or image.dtype != torch.uint8:
         raise ValueError(
             f"image must be uint8 [3, height, width], got {image.dtype} {tuple(image.shape)}"
         )
     if classes.numel() == 0:
         raise ValueError("no classes to choose from: `classes` is empty")
-    if mode not in ("whole", "slide"):
-        raise ValueError(f"mode {mode!r}: use 'whole' or 'slide'")
-    size = (image.shape[-2], image.shape[-1])
-    area = [Window(0, 0, *size)] if mode == "whole" else windows(size, window, stride)
-    views = []
-    for part in area:
+    views: list[_View] = []
+    for part in image_windows((image.shape[-2], image.shape[-1]), inference):
         crop = image[None, :, part.top : part.bottom, part.left : part.right]
-        head = predict(crop, classes)
-        grid = (head.features.shape[-2], head.features.shape[-1])
-        views.append(_View(part, head.features[0].float().flatten(1), grid))
-    bias = None if head.bias is None else head.bias.float()
-    return views, LinearLogits(head.features, head.weight.float(), bias)
-
-
-def _low_resolution(view: _View, head: LinearLogits, start: int) -> Tensor:
-    """Logits [MATMUL_CLASSES, h, w] of the classes from `start` on, then zeros."""
-    weight = head.weight[start : start + MATMUL_CLASSES]
-    missing = MATMUL_CLASSES - weight.shape[0]
-    logits = F.pad(weight, (0, 0, 0, missing)) @ view.features
-    if head.bias is not None:
-        bias = head.bias[start : start + MATMUL_CLASSES]
-        logits += F.pad(bias, (0, missing))[:, None]
-    return logits.unflatten(1, view.grid)
+        prediction = predict(crop, classes)
+        if views and isinstance(prediction, LinearLogits):  # all windows share one set of vectors
+            first = views[0].prediction
+            assert isinstance(first, LinearLogits)
+            prediction = replace(prediction, weight=first.weight, bias=first.bias)
+        views.append(_View(part, prediction))
+    return views
 
 
 def _full_resolution(
@@ -201,60 +194,37 @@ def _full_resolution(
             up = upsample_positions(logits, part.size)
             total[:, part.top : part.bottom, part.left : part.right] += up
         total /= coverage
-    return total if out_size == size else _resize(total, out_size)
+    if out_size == size:
+        return total
+    return F.interpolate(total[None], size=out_size, mode="bilinear", align_corners=False)[0]
 
 
-def upsample_positions(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[k, h, w] -> [k, n, m], where h x w positions come from an image of n x m pixels."""
-    return _resize(maps, padded_size(maps, size))[:, : size[0], : size[1]]
-
-
-def padded_size(maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """The pixels that the h x w positions of `maps` [k, h, w] span: n x m plus the net's padding.
-
-    A backbone of stride s that pads its input has ceil(n / s) rows of features: they span whole
-    strides. Rows that fit no such s span n.
-    """
-    return _padded_length(maps.shape[-2], size[0]), _padded_length(maps.shape[-1], size[1])
-
-
-def _padded_length(num_positions: int, length: int) -> int:
-    stride = -(-length // num_positions)
-    padded = num_positions * stride
-    return padded if padded - stride < length else length
-
-
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
-
-
-def _coverage(views: Sequence[_View], size: tuple[int, int], like: Tensor) -> Tensor | None:
+def _coverage(views: list[_View], size: tuple[int, int], like: Tensor) -> Tensor | None:
     """How many windows see each pixel [Y, X]; None if a single one does."""
     if len(views) == 1:
         return None
     count = like.new_zeros(size)
-    for view in views:
-        part = view.window
+    for part, _ in views:
         count[part.top : part.bottom, part.left : part.right] += 1
     return count
 
 
 def _chunk_size(
-    views: Sequence[_View], size: tuple[int, int], out_size: tuple[int, int], memory_bytes: int
+    views: list[_View],
+    low: list[Tensor],
+    size: tuple[int, int],
+    out_size: tuple[int, int],
+    memory_bytes: int,
 ) -> int:
     """Classes at a time: bytes left beside the low-resolution block, over one class's maps."""
-    pixels = [_area(view.window.size) for view in views]
-    per_class = max(pixels) + (_area(size) if len(views) > 1 else 0)
+    pixels = [math.prod(view.window.size) for view in views]
+    per_class = max(pixels) + (math.prod(size) if len(views) > 1 else 0)
     if out_size != size:
-        per_class += _area(out_size)
-    block = MATMUL_CLASSES * sum(_area(view.grid) for view in views)
-    comparison = 6 * _area(out_size)  # a chunk's maximum, its int64 index, and their merged copies
+        per_class += math.prod(out_size)
+    block = MATMUL_CLASSES * sum(maps[0].numel() for maps in low)
+    comparison = 6 * math.prod(out_size)  # a chunk's maximum, its int64 index, their merged copies
     left = memory_bytes // 4 - block - comparison
     return max(1, min(MATMUL_CLASSES, left // per_class))
-
-
-def _area(size: tuple[int, int]) -> int:
-    return size[0] * size[1]
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

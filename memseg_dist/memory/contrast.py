@@ -1,5 +1,8 @@
 """Contrast of a few queries with every row of a memory that is spread over the ranks.
 
+    contrast = Contrast(bank)                                # the same call on every rank
+    losses = contrast(queries, class_ids, temperature=0.07)  # collective: every slot calls it
+
 Queries travel, rows stay: three exchanges of a few floats per query and channel, whatever the
 number of rows. Value and gradient equal those of one process that holds all rows.
 
@@ -8,17 +11,51 @@ Shape letters: E queries of all ranks, M of this rank, T rows held here, D chann
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memseg_dist import dist
+from memseg_dist.memory.rows import ShardedRows
 
 SCORES_PER_CHUNK = 2**25
 """How many scores [queries, rows] a rank holds at once."""
 
 
-class RowContrast(torch.autograd.Function):
+class Contrast:
+    """The contrast with the set rows of `bank`, whose lengths it keeps."""
+
+    def __init__(self, bank: ShardedRows) -> None:
+        assert len(bank.shape) == 1, f"rows of shape {bank.shape} are no vectors"
+        self.bank = bank
+        self.lengths = torch.ones(len(bank.rows), device=bank.rows.device)
+        bank.add_read(self)
+
+    def refresh(self, classes: np.ndarray, rows: Tensor | slice) -> None:
+        length = self.bank.rows[rows].norm(dim=1).clamp_min(1e-12)
+        self.lengths[rows] = length.to(self.lengths.dtype)
+
+    def __call__(self, queries_MD: Tensor, classes_M: np.ndarray, temperature: float) -> Tensor:
+        """NCE_c(q) of Eq. 4 of RCA for each query [M, D] and its class, of any length: [M].
+
+        0 for a class without rows. The gradient flows to the queries. Collective, for any number of
+        queries, none included.
+        """
+        bank = self.bank
+        return _RowContrast.apply(
+            F.normalize(queries_MD.to(bank.rows.dtype), dim=1),
+            torch.from_numpy(np.asarray(classes_M, dtype=np.int64)),
+            bank.rows,
+            self.lengths,
+            bank.classes,
+            bank.is_set,
+            temperature,
+            bank.table == "sharded",
+        )
+
+
+class _RowContrast(torch.autograd.Function):
     """For each query q of class c, with s_j = q . m_j / (|m_j| temperature) over the set rows j:
 
         loss = mean over rows p of class c of softplus(log sum_{j not of class c} exp s_j - s_p)

@@ -60,71 +60,47 @@ def kmeans(
     max_iterations: int = 300,
     num_starts: int = 1,
     tolerance: float = 1e-4,
-    start_PKD: Tensor | None = None,
 ) -> Clusters:
     """Cluster rows [0, sizes[0]), the next sizes[1], ... each into at most `num_clusters`.
 
     seeds: one number >= 0 per problem. Of `num_starts` starts the best objective is kept; start s
     is the same whatever their number. A problem stops once the squared moves of its centroids sum
     to at most `tolerance` times the mean variance of its channels, as in scikit-learn ("faiss":
-    once the objective stands still). start_PKD: begin there instead of drawing.
+    once the objective stands still).
 
     A problem with at most K rows gets each row as a centroid of its own. A centroid that loses all
     rows moves to the row farthest from its own centroid. With fewer than K distinct rows only as
     many centroids as those are sure to be filled; the others have count 0.
 
-    ValueError if num_clusters, max_iterations or num_starts is below 1, sizes, seeds or the start
-    do not fit, or a row is not finite.
+    ValueError if num_clusters, max_iterations or num_starts is below 1, sizes or seeds do not fit,
+    or a row is not finite.
     """
     sizes = np.asarray(sizes_P, dtype=np.int64)
-    _check_counts(num_clusters, max_iterations, num_starts)
-    _check_shapes(rows_ND, sizes, len(seeds), num_clusters, num_starts, start_PKD)
-    _check_finite(rows_ND, sizes)
+    if min(num_clusters, max_iterations, num_starts) < 1:
+        raise ValueError(
+            "num_clusters, max_iterations and num_starts must be at least 1, got "
+            f"{num_clusters}, {max_iterations}, {num_starts}"
+        )
+    _check(rows_ND, sizes, len(seeds))
     device, first = rows_ND.device, np.cumsum(sizes) - sizes
     found = _rows_as_centroids(rows_ND, sizes, num_clusters)
-    bytes_per_row = 4 * (3 * rows_ND.shape[1] + 3 * num_starts * num_clusters)
-    max_rows = CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // bytes_per_row
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    max_rows = CHUNK_BYTES[kind] // (12 * (rows_ND.shape[1] + num_starts * num_clusters))
     by_faiss = np.full(len(sizes), engine == "faiss")
     if engine == "auto":
-        limit = FAISS_DISTANCES["cpu" if device.type == "cpu" else "cuda"]
-        by_faiss = sizes * num_starts * num_clusters > limit
+        by_faiss = sizes * num_starts * num_clusters > FAISS_DISTANCES[kind]
     with torch.autocast(device.type, enabled=False):
         for chunk in _chunks(sizes, num_clusters, by_faiss, max_rows):
             problems = pad(rows_ND, first[chunk], sizes[chunk])
             at = torch.from_numpy(chunk).to(device)
-            if start_PKD is None:
-                draws = uniform_draws([int(seeds[p]) for p in chunk], num_starts, num_clusters)
-                centroids = plus_plus(problems, draws.to(device))
-            else:
-                centroids = (start_PKD[at] - problems.centre_BD[:, None])[:, None]
+            draws = uniform_draws([int(seeds[p]) for p in chunk], num_starts, num_clusters)
+            centroids = plus_plus(problems, draws.to(device))
             if by_faiss[chunk[0]]:
                 centroids, iterations = _faiss_lloyd(problems, centroids, max_iterations)
             else:
                 centroids, iterations = lloyd(problems, centroids, max_iterations, tolerance)
             _keep_best(problems, centroids, iterations, found, at)
     return found
-
-
-def flat_index(dim: int, device: torch.device) -> tuple[Any, torch.device]:
-    """An empty exact L2 index that takes tensors, and the device it takes them from: that of the
-    rows where FAISS has GPUs, else the host."""
-    import faiss
-    import faiss.contrib.torch_utils  # lets every index take tensors beside arrays
-
-    if device.type != "cuda" or faiss.get_num_gpus() == 0:
-        return faiss.IndexFlatL2(dim), torch.device("cpu")
-    config = faiss.GpuIndexFlatConfig()
-    config.device = torch.cuda.current_device() if device.index is None else device.index
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(256 << 20)  # its default is a fixed 1.5 GiB beside the training's
-    return faiss.GpuIndexFlatL2(resources, dim, config), device
-
-
-def first_non_finite(rows: Tensor) -> int | None:
-    """The number of the first row with an inf or nan, or too large to square."""
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)  # no copy of the rows
-    bad = (~norms.square().isfinite()).nonzero()
-    return int(bad[0]) if len(bad) else None
 
 
 def _chunks(
@@ -158,7 +134,12 @@ def _faiss_lloyd(
     parameters.niter = max_iterations
     parameters.min_points_per_centroid = 1  # no warning about few rows
     parameters.max_points_per_centroid = 2**31 - 1  # no sampling
-    index, _ = flat_index(dim, device)
+    index: Any = faiss.IndexFlatL2(dim)
+    if device.type == "cuda" and faiss.get_num_gpus() > 0:
+        resources, config = faiss.StandardGpuResources(), faiss.GpuIndexFlatConfig()
+        resources.setTempMemory(256 << 20)  # its default is a fixed 1.5 GiB beside the training's
+        config.device = torch.cuda.current_device() if device.index is None else device.index
+        index = faiss.GpuIndexFlatL2(resources, dim, config)
     for b in range(num_problems):
         rows = problems.rows_BND[b][problems.is_row_BN[b]].cpu().numpy()
         for s in range(num_starts):
@@ -206,18 +187,7 @@ def _rows_as_centroids(rows_ND: Tensor, sizes: np.ndarray, num_clusters: int) ->
     )
 
 
-def _check_counts(num_clusters: int, max_iterations: int, num_starts: int) -> None:
-    if min(num_clusters, max_iterations, num_starts) < 1:
-        raise ValueError(
-            "num_clusters, max_iterations and num_starts must be at least 1, got "
-            f"{num_clusters}, {max_iterations}, {num_starts}"
-        )
-
-
-def _check_shapes(
-    rows: Tensor, sizes: np.ndarray, num_seeds: int, num_clusters: int, num_starts: int,
-    start: Tensor | None,
-) -> None:  # fmt: skip
+def _check(rows: Tensor, sizes: np.ndarray, num_seeds: int) -> None:
     if sizes.ndim != 1 or (sizes < 0).any() or int(sizes.sum()) != len(rows):
         raise ValueError(
             f"sizes of {len(sizes)} problems sum to {sizes.sum()}, rows are {tuple(rows.shape)}: "
@@ -225,17 +195,10 @@ def _check_shapes(
         )
     if num_seeds != len(sizes):
         raise ValueError(f"{num_seeds} seeds for {len(sizes)} problems: give one per problem")
-    shape = (len(sizes), num_clusters, rows.shape[1])
-    if start is not None and (tuple(start.shape) != shape or num_starts > 1):
-        raise ValueError(
-            f"a start {tuple(start.shape)} with num_starts {num_starts}: it must be {shape}, with "
-            "num_starts 1"
-        )
-
-
-def _check_finite(rows: Tensor, sizes: np.ndarray) -> None:
-    row = first_non_finite(rows)
-    if row is not None:
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)  # no copy of the rows
+    bad = (~norms.square().isfinite()).nonzero()
+    if len(bad):
+        row = int(bad[0])
         problem = int(np.searchsorted(np.cumsum(sizes), row, side="right"))
         position = row - int(sizes[:problem].sum())
         raise ValueError(

@@ -79,12 +79,6 @@ def uniform_draws(seeds: list[int], num_starts: int, num_clusters: int) -> Tenso
     return torch.from_numpy(np.stack([np.random.default_rng(s).random(shape) for s in seeds]))
 
 
-def whole_weights(weights: Tensor, peak: Tensor) -> Tensor:
-    """Weights >= 0 as whole numbers up to 2^31 at `peak`: their sums are exact in any order, so a
-    draw depends neither on padding nor on how the rows are spread."""
-    return (weights / peak * 2**31).long()
-
-
 def plus_plus(problems: Problems, draws_BSKT: Tensor) -> Tensor:
     """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007): centroids [B, S, K, D].
 
@@ -99,7 +93,8 @@ def plus_plus(problems: Problems, draws_BSKT: Tensor) -> Tensor:
     for k in range(num_clusters):
         peak = nearest_BSN.amax(-1, keepdim=True)
         weights = torch.where(peak > 0, nearest_BSN, any_row_BSN)
-        cumulated = whole_weights(weights, torch.where(peak > 0, peak, 1)).cumsum(-1)
+        # Whole numbers: their sums are exact in any order, so no draw depends on padding.
+        cumulated = (weights / torch.where(peak > 0, peak, 1) * 2**31).long().cumsum(-1)
         total = cumulated[..., -1:]
         draws = draws_BSKT[:, :, k, : 1 if k == 0 else None]
         target = (draws * total).long().minimum(total - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,23 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock
-from memseg_dist.methods.method import LinearLogits, Method
+from memseg_dist.methods.method import LinearLogits, Method, MethodConfig
+from memseg_dist.methods.pairs import check_source, onto_device
+
+if TYPE_CHECKING:
+    from memseg_dist.methods.setup import Setup
+    from memseg_dist.nn.backbone import Backbone
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(MethodConfig):
     kind: Literal["classify"] = "classify"
     label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+
+    def build(self, setup: Setup) -> Classify:
+        backbone = setup.build_backbone()
+        return Classify(backbone, self, num_classes=setup.num_classes, classes=setup.classes)
 
 
 class Classify(Method):
-    """backbone: uint8 images, valid -> [B, D, h, w], with attribute `dim`."""
+    """classes: per source, the label-space ids of its vocabulary; others take no part in it."""
 
     is_outside: Tensor
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         config: ClassifyConfig,
         *,
         num_classes: int,
@@ -40,7 +50,7 @@ class Classify(Method):
     ) -> None:
         super().__init__()
         self.backbone, self.config = backbone, config
-        self.classifier = nn.Linear(backbone.dim, num_classes)  # type: ignore[arg-type]
+        self.classifier = nn.Linear(backbone.dim, num_classes)
         is_outside = torch.ones(len(classes), num_classes, dtype=torch.bool)
         for row, ids in zip(is_outside, classes.values()):
             row[torch.as_tensor(ids, dtype=torch.int64)] = False
@@ -48,25 +58,29 @@ class Classify(Method):
         self._source_row = {name: row for row, name in enumerate(classes)}
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        features_BDhw = self.backbone(batch.images, batch.valid)
-        with torch.autocast(features_BDhw.device.type, enabled=False):
-            logits_BC = self.classifier(features_BDhw.float().mean(dim=(2, 3)))
-            is_outside_C = self.is_outside[self._source_row[batch.source]]
-            logits_BC = logits_BC.masked_fill(is_outside_C, -1e4)  # finite: smoothing touches all
-            image = [b for b, labels in enumerate(batch.labels) for _ in labels]
-            label = [label for labels in batch.labels for label in labels]
-            loss = F.cross_entropy(
-                logits_BC[torch.tensor(image, dtype=torch.int64, device=logits_BC.device)],
-                torch.tensor(label, dtype=torch.int64, device=logits_BC.device),
-                label_smoothing=self.config.label_smoothing,
-                reduction="sum",
-            )
+        check_source(batch, self._source_row)
+        (features_BDhw,) = self.backbone(batch.images, batch.valid)
+        logits_BC = self.classifier(features_BDhw.mean(dim=(2, 3)))
+        is_outside_C = self.is_outside[self._source_row[batch.source]]
+        logits_BC = logits_BC.masked_fill(is_outside_C, -1e4)  # finite: smoothing touches all
+        image = [b for b, labels in enumerate(batch.labels) for _ in labels]
+        label = [label for labels in batch.labels for label in labels]
+        image_R, label_R = onto_device(
+            logits_BC.device, np.array(image, np.int64), np.array(label, np.int64)
+        )
+        loss = F.cross_entropy(
+            logits_BC[image_R],
+            label_R,
+            label_smoothing=self.config.label_smoothing,
+            reduction="sum",
+        )
         return {"classification": loss / max(len(label), 1)}
 
     @torch.no_grad()
     def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
         weight, bias = self.classifier.weight[classes], self.classifier.bias[classes]
-        return LinearLogits(self.backbone(images).float(), weight, bias)
+        (features,) = self.backbone(images)
+        return LinearLogits(features, weight, bias)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
@@ -80,4 +94,5 @@ class Classify(Method):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        return F.normalize(self.backbone(images).float(), dim=1)
+        (features,) = self.backbone(images)
+        return F.normalize(features, dim=1)

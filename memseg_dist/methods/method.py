@@ -1,28 +1,79 @@
 """The contract of a method: a batch in, named losses out.
 
-A method knows no rank, collective, optimizer, logger or data set. It may read the banks that it was
-given, propose rows to them in `forward` and commit them in `after_step`; that is all it knows of
-the world around it. A bank's read may be a collective, so whether `forward` reaches it may depend
-on the clock, never on what the batch holds.
+A method knows no rank, optimizer, logger or cluster. It may read the memories that it was given,
+propose rows to them in `forward` and commit them in `after_step`; that is all it knows of the world
+around it. A memory's read may be a collective, so whether a method reaches it may depend on the
+clock, never on what the batch holds.
+
+A method is described by a `MethodConfig`, which builds it from what a run knows (`methods.setup`).
+`methods.kinds` is the table of the kinds there are.
 
 Shape letters: B images, H x W pixels, h x w positions of the feature map, D channels, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock
-from memseg_dist.memory.rows import Stateful
+from memseg_dist.memory.state import Stateful
+
+if TYPE_CHECKING:
+    from memseg_dist.methods.setup import Setup
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of the settings of every method: frozen dataclasses that are told apart by `kind`."""
+
+    kinds: ClassVar[dict[str, type[MethodConfig]]] = {}
+    """The table by which JSON finds the class of a `kind`; see `methods.kinds.register`."""
+
+    def build(self, setup: Setup) -> Method:
+        """The method with fresh weights, drawn from torch's global generator."""
+        raise NotImplementedError
+
+    def check(self, setup: Setup) -> None:
+        """Before the first step: ValueError for data or settings that this method cannot train
+        with.
+        """
+
+    def smoke(self) -> Self:
+        """The same settings for a run of four steps on eight images."""
+        return self
+
+
+MATMUL_CLASSES = 256
+"""Classes per matrix product of `LinearLogits.chunk`. Always this many (padded), whatever is asked
+for: a product of another shape may round otherwise, and then equal classes would not tie."""
+
+
+class Prediction(Protocol):
+    """Low-resolution logits of K classes for B images, a few classes at a time."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Logits of the classes [start, stop): float32 [B, stop - start, h, w]."""
+        ...
+
+    def dense(self) -> Tensor:
+        """All of them: [B, K, h, w], differentiable."""
+        ...
 
 
 @dataclass(frozen=True)
 class LinearLogits:
-    """Logits that are linear in a feature map: they can be enlarged a few classes at a time.
+    """Logits that are linear in a feature map, whatever the size of the vocabulary.
 
     features: [B, D, h, w]; weight: [K, D]; bias: [K] or None.
     """
@@ -31,37 +82,84 @@ class LinearLogits:
     weight: Tensor
     bias: Tensor | None = None
 
+    @property
+    def num_classes(self) -> int:
+        return self.weight.shape[0]
+
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Low-resolution logits of classes [start, stop): [B, stop - start, h, w]."""
-        logits = torch.einsum("bdhw,kd->bkhw", self.features, self.weight[start:stop])
-        return logits if self.bias is None else logits + self.bias[start:stop, None, None]
+        missing = -(stop - start) % MATMUL_CLASSES
+        with torch.autocast(self.features.device.type, enabled=False):
+            weight = F.pad(self.weight[start:stop].float(), (0, 0, 0, missing))
+            maps = [weight @ features for features in self.features.float().flatten(2)]
+        logits = torch.stack(maps)
+        if self.bias is not None:
+            logits += F.pad(self.bias[start:stop].float(), (0, missing))[:, None]
+        return logits[:, : stop - start].unflatten(2, self.features.shape[-2:])
 
     def dense(self) -> Tensor:
-        return self.chunk(0, self.weight.shape[0])
+        with torch.autocast(self.features.device.type, enabled=False):
+            logits = torch.einsum("bdhw,kd->bkhw", self.features, self.weight)
+        return logits if self.bias is None else logits + self.bias[:, None, None]
+
+
+@dataclass(frozen=True)
+class DenseLogits:
+    """Logits as a head of few classes makes them: [B, K, h, w]."""
+
+    logits: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[1]
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        return self.logits[:, start:stop].float()
+
+    def dense(self) -> Tensor:
+        return self.logits
 
 
 class Method(nn.Module):
-    """Base of every method. Subclasses implement `forward` and `predict`."""
+    """Base of every method. Subclasses implement `forward` and `predict`.
+
+    `forward`, `before_step`, `predict`, `embed` and `maps` run in fp32, whatever autocast surrounds
+    them: the backbone turns bf16 on for itself alone, so a score does not depend on who asks.
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name in ("forward", "before_step", "predict", "embed", "maps"):
+            if name in vars(cls):
+                setattr(cls, name, _without_autocast(vars(cls)[name]))
+
+    # ---------------------------------------------------------------- training
+
+    def before_step(self, slots: Sequence[tuple[Batch, Clock]], clock: Clock) -> None:
+        """Once per optimizer step, on every rank, before the losses of its slots.
+
+        slots: this rank's micro-batches on the device, idle ones included. What all slots of a step
+        share is computed here once; forwards in it move no running statistics.
+        """
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Weighted scalar losses of one slot, by name; the loss of the slot is their sum."""
         raise NotImplementedError
 
-    def previews(self, clock: Clock) -> bool:
-        """Whether this step wants `preview` of all its slots before their losses: a function of
-        the clock alone, the same on every rank.
-        """
-        return False
+    def after_step(self, clock: Clock) -> None:
+        """Once per optimizer step, on every rank: commit memories, move teachers."""
 
-    def preview(self, batch: Batch, clock: Clock) -> None:
-        """A first look at a slot, without gradient, under the random numbers of its `forward`."""
-        raise NotImplementedError
+    def parameter_groups(self) -> Mapping[str, Sequence[nn.Module]]:
+        """Modules by the name of their learning-rate group; all other parameters are "heads"."""
+        backbone = getattr(self, "backbone", None)
+        return {} if backbone is None else {"backbone": [backbone]}
 
-    def exchange(self, clock: Clock) -> None:
-        """Once after the previews, on every rank: tell the others what was seen."""
-        raise NotImplementedError
+    def state(self) -> Mapping[str, Stateful]:
+        """What is to be checkpointed beside the weights, by name."""
+        return {}
 
-    def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
+    # ---------------------------------------------------------------- use
+
+    def predict(self, images: Tensor, classes: Tensor) -> Prediction:
         """Logits of the label-space ids `classes` [K] for uint8 images [B, 3, H, W]."""
         raise NotImplementedError
 
@@ -73,12 +171,7 @@ class Method(nn.Module):
         """Pictures-to-be by name, [B, h, w] in 0..1: image b looked at for class classes[b]."""
         return {}
 
-    def after_step(self, clock: Clock) -> None:
-        """Once per optimizer step, on every rank: commit banks, move teachers."""
-
-    def state(self) -> dict[str, Stateful]:
-        """What is to be checkpointed beside the weights, by name."""
-        return {}
+    # ---------------------------------------------------------------- figures
 
     def summary(self, clock: Clock) -> dict[str, float]:
         """Figures worth a plot (bank fill, coverage, staleness), asked for at log time."""
@@ -90,3 +183,26 @@ class Method(nn.Module):
         Asked for when the run is evaluated ("memory/rows per class").
         """
         return {}
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def guarded(self: Method, *arguments: Any, **keywords: Any) -> Any:
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            return function(self, *arguments, **keywords)
+
+    return guarded
+
+
+@contextmanager
+def evaluation_mode(method: nn.Module) -> Iterator[None]:
+    """No gradients and every module in eval mode; each module's own mode is restored after."""
+    training = [(module, module.training) for module in method.modules()]
+    method.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode

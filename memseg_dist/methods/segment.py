@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -22,31 +22,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg_dist.batch import IGNORE, Batch, Clock
-from memseg_dist.losses.segmentation import Denominator, pixel_cross_entropy
-from memseg_dist.methods.method import LinearLogits, Method
-from memseg_dist.models.deeplab import DeepLabV2Head
+from memseg_dist.methods.method import DenseLogits, LinearLogits, Method, MethodConfig
+from memseg_dist.methods.pairs import check_source
+from memseg_dist.nn.deeplab import DeepLabV2Head
+from memseg_dist.nn.pixel_loss import Denominator, pixel_cross_entropy
+
+if TYPE_CHECKING:
+    from memseg_dist.methods.setup import Setup
+    from memseg_dist.nn.backbone import Backbone
 
 
 @dataclass(frozen=True)
-class SegmentConfig:
+class SegmentConfig(MethodConfig):
     kind: Literal["segment"] = "segment"
     head: Literal["deeplabv2", "linear"] = "deeplabv2"
+    """DeepLabV2's parallel dilated convolutions, or one 1 x 1 convolution."""
     rates: tuple[int, ...] = (6, 12, 18, 24)
     """Dilations of DeepLabV2's head."""
     seg_denominator: Denominator = "valid"
     """Divide the loss by the labelled pixels, or by all."""
 
+    def build(self, setup: Setup) -> Segment:
+        backbone = setup.build_backbone()
+        return Segment(
+            backbone,
+            self,
+            num_classes=setup.num_classes,
+            classes=setup.classes,
+            device=setup.device,
+        )
+
+    def check(self, setup: Setup) -> None:
+        for source in setup.sources:
+            if source.supervision != "masks":
+                raise ValueError(
+                    f"source '{source.name}' has supervision '{source.supervision}'; plain "
+                    "segmentation learns from masks alone: use 'masks' or leave the source out"
+                )
+
 
 class Segment(Method):
-    """backbone: uint8 images, valid -> [B, D, h, w], with attribute `dim`.
-
-    classes: per source, the sorted label-space ids [N] of its vocabulary; masks are IGNORE or hold
-    these, and any other class counts as IGNORE.
+    """classes: per source, the sorted label-space ids [N] of its vocabulary; masks are IGNORE or
+    hold these, and any other class counts as IGNORE.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         config: SegmentConfig,
         *,
         num_classes: int,
@@ -55,11 +77,10 @@ class Segment(Method):
     ) -> None:
         super().__init__()
         self.backbone, self.config = backbone, config
-        dim: int = backbone.dim  # type: ignore[assignment]
         if config.head == "deeplabv2":
-            self.head: nn.Module = DeepLabV2Head(dim, num_classes, config.rates)
+            self.head: nn.Module = DeepLabV2Head(backbone.dim, num_classes, config.rates)
         else:
-            self.head = nn.Linear(dim, num_classes)
+            self.head = nn.Linear(backbone.dim, num_classes)
         self.classes, self._column = {}, {}
         for name, ids in classes.items():
             ids_N = torch.as_tensor(ids, dtype=torch.int64, device=device)
@@ -68,39 +89,39 @@ class Segment(Method):
             self.classes[name], self._column[name] = ids_N, column_C
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """ValueError for a batch of an unknown source or without masks."""
-        if batch.source not in self.classes:
-            raise ValueError(f"source '{batch.source}' is not one of {sorted(self.classes)}")
-        if batch.masks is None:
-            raise ValueError(
-                f"source '{batch.source}' has supervision '{batch.supervision}'; plain "
-                "segmentation learns from masks alone: use 'masks' or leave the source out"
-            )
-        logits = self._logits(self.backbone(batch.images, batch.valid), self.classes[batch.source])
+        """ValueError for a batch of an unknown source."""
+        check_source(batch, self.classes)
+        assert batch.masks is not None, "check lets no source without masks come here"
+        (features,) = self.backbone(batch.images, batch.valid)
+        logits = self._logits(features, self.classes[batch.source])
         target_BHW = self._column[batch.source][batch.masks.clamp_min(0)]
         target_BHW = target_BHW.masked_fill(batch.masks == IGNORE, IGNORE)
-        with torch.autocast(target_BHW.device.type, enabled=False):
+        divide_by = self.config.seg_denominator
+        if isinstance(logits, DenseLogits):
+            loss = pixel_cross_entropy(logits.logits, None, target_BHW, denominator=divide_by)
+        else:
             loss = pixel_cross_entropy(
                 logits.features,
                 logits.weight,
                 target_BHW,
                 bias_N=logits.bias,
-                denominator=self.config.seg_denominator,
+                denominator=divide_by,
             )
         return {"seg": loss}
 
-    def _logits(self, features_BDhw: Tensor, class_ids_K: Tensor) -> LinearLogits:
+    def _logits(self, features_BDhw: Tensor, class_ids_K: Tensor) -> DenseLogits | LinearLogits:
         if isinstance(self.head, DeepLabV2Head):
-            logits_BKhw = self.head(features_BDhw, class_ids_K).float()
-            return LinearLogits(logits_BKhw, torch.eye(len(class_ids_K), device=logits_BKhw.device))
+            return DenseLogits(self.head(features_BDhw, class_ids_K))
         assert isinstance(self.head, nn.Linear)
         weight, bias = self.head.weight[class_ids_K], self.head.bias[class_ids_K]
-        return LinearLogits(features_BDhw.float(), weight, bias)
+        return LinearLogits(features_BDhw, weight, bias)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
-        return self._logits(self.backbone(images), classes)
+    def predict(self, images: Tensor, classes: Tensor) -> DenseLogits | LinearLogits:
+        (features,) = self.backbone(images)
+        return self._logits(features, classes)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        return F.normalize(self.backbone(images).float(), dim=1)
+        (features,) = self.backbone(images)
+        return F.normalize(features, dim=1)

@@ -14,9 +14,10 @@ Nothing is pickled. Random numbers need no state: they are derived from seed, st
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,26 +26,25 @@ from typing import Any
 import fsspec
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from memseg_dist import dist
-from memseg_dist.config import RunConfig, from_dict, to_dict
+from memseg_dist.config import RunConfig
 from memseg_dist.data.files import is_url, join
 from memseg_dist.data.vocabulary import LabelSpace
-from memseg_dist.jsonable import flatten
-from memseg_dist.memory.rows import Reader, Rows, Stateful
+from memseg_dist.jsonable import decode, encode, flatten
+from memseg_dist.memory.state import Reader, Rows, Stateful
 from memseg_dist.train.engine import Engine, EngineState
 from memseg_dist.train.storage import (
-    hash_file,
     local_copy,
     make_empty,
     on_rank_0,
-    open_file,
     read_json,
     rename,
     together,
     write_json,
-    write_tensor_file,
+    write_tensors,
 )
 
 FORMAT = 1
@@ -79,11 +79,11 @@ def save(
     state = engine.state()
     if dist.rank() == 0:
         tensors |= {"model.safetensors": state.weights, "optimizer.safetensors": state.optimizer}
-    run = {"step": step, "config": to_dict(config), "label_space": label_space.to_json()}
+    run = {"step": step, "config": encode(config), "label_space": label_space.to_json()}
 
     def write() -> dict[str, dict[str, Any]]:
         written = {
-            name: write_tensor_file(scratch, name, content)
+            name: write_tensors(scratch, name, content)
             for name, content in tensors.items()
             if content or not name.startswith("memory-")
         }
@@ -105,10 +105,10 @@ def save(
 
 def latest(directory: str) -> str | None:
     """The newest whole checkpoint under `directory`, or None. Torn ones are named in a warning."""
-    whole, torn = _survey(directory)
-    for path in torn:
+    checkpoints = _survey(directory)
+    for path in (path for path, is_whole in checkpoints.items() if not is_whole):
         log.warning("ignoring the incomplete checkpoint %s", path)
-    return whole[-1] if whole else None
+    return max((path for path, is_whole in checkpoints.items() if is_whole), default=None)
 
 
 Part = list
@@ -142,7 +142,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> RunConfig:
-        return from_dict(self._run["config"], join(self.path, "run.json"))
+        return decode(RunConfig, self._run["config"], join(self.path, "run.json"))
 
     @cached_property
     def label_space(self) -> LabelSpace:
@@ -175,8 +175,8 @@ class Checkpoint:
         for name in sorted(self.manifest["files"] if files is None else files):
             entry, where = self.manifest["files"][name], join(self.path, name)
             try:
-                with open_file(where, "rb") as file:
-                    found = hash_file(file)
+                with fsspec.open(where, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise ValueError(f"cannot read {where}: {error}") from error
             if found != entry["sha256"]:
@@ -185,32 +185,34 @@ class Checkpoint:
                     f"{entry['sha256']}; delete {self.path} to resume from an earlier checkpoint"
                 )
 
-    def verifytogether(self) -> None:
+    def verify_together(self) -> None:
         """Every rank checks its share of the files; an error is raised on all. Collective."""
         files = sorted(self.manifest["files"])
         together(lambda: self.verify(files[dist.rank() :: dist.size()]))
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
-        with self._local(name) as path, safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        with local_copy(join(self.path, name)) as path:
+            return load_file(path)
 
     def _read_rows(self, parts: list[Part], name: str, start: int, stop: int | None) -> Tensor:
         if parts[0][1] < 0:
-            with self._local(parts[0][0]) as path, safe_open(path, framework="pt") as file:
+            with self._open(parts[0][0]) as file:
                 return file.get_tensor(name)[start:stop]
         stop = parts[-1][2] if stop is None else stop
         found: list[Tensor] = []
         for file_name, first, last in parts:
             low, high = max(first, start), min(last, stop)
             if low < high or (not found and file_name == parts[-1][0]):  # at least the shape
-                with self._local(file_name) as path, safe_open(path, framework="pt") as file:
+                with self._open(file_name) as file:
                     found.append(file.get_slice(name)[max(low - first, 0) : max(high - first, 0)])
         rows = torch.cat(found)
         assert len(rows) == max(stop - start, 0), f"{self.path}: rows {start}:{stop} of '{name}'"
         return rows
 
-    def _local(self, name: str) -> AbstractContextManager[str]:
-        return local_copy(join(self.path, name))
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        with local_copy(join(self.path, name)) as path, safe_open(path, framework="pt") as file:
+            yield file
 
 
 def load(
@@ -224,7 +226,7 @@ def load(
 
     ValueError for a damaged file, another label space or another config.
     """
-    checkpoint.verifytogether()
+    checkpoint.verify_together()
     check_same_run(checkpoint, config, label_space)
     engine.load(EngineState(checkpoint.weights(), checkpoint.optimizer()))
     for name, memory in sorted(memories.items()):
@@ -256,10 +258,10 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, label_space: Label
 
 def _identity(config: RunConfig) -> dict[str, str]:
     """What must not change within a run, flat."""
-    value = {k: v for k, v in to_dict(config).items() if k not in (*FREE_KEYS, "every")}
-    for source in (*value["sources"], *value["relabel"]):
-        source.pop("path")
+    # what `relabel` does is compared in the label space
+    value = {k: v for k, v in encode(config).items() if k not in (*FREE_KEYS, "every", "relabel")}
     for source in value["sources"]:
+        source.pop("path")
         source["saliency"] = source["saliency"] is not None  # whether, not where
     value["backbone"].pop("pretrained")  # where the first weights came from
     return flatten(value)
@@ -282,8 +284,8 @@ def _divide(name: str, state: Mapping[str, Rows | Tensor]) -> tuple[dict[str, Te
         parts[key] = []
         for rank, ranges in enumerate(layouts):
             start, stop = ranges[key]
-            is_last_hope = rank == len(layouts) - 1 and not parts[key]
-            if (start, stop) in seen or (start == stop >= 0 and not is_last_hope):
+            is_only_chance = rank == len(layouts) - 1 and not parts[key]
+            if (start, stop) in seen or (start == stop >= 0 and not is_only_chance):
                 continue
             seen.add((start, stop))
             parts[key].append([_memory_file(name, rank), start, stop])
@@ -298,20 +300,15 @@ def _memory_file(name: str, rank: int | None = None) -> str:
     return f"memory-{name}-{rank:05d}-of-{dist.size():05d}.safetensors"
 
 
-def _survey(directory: str) -> tuple[list[str], list[str]]:
-    """Whole and torn checkpoints, oldest first."""
+def _survey(directory: str) -> dict[str, bool]:
+    """Each checkpoint's path, oldest first, and whether it is whole."""
     filesystem, root = fsspec.core.url_to_fs(directory)
     filesystem.invalidate_cache()
     if not filesystem.isdir(root):
-        return [], []
+        return {}
     names = sorted(Path(path).name for path in filesystem.ls(root, detail=False))
-    whole: list[str] = []
-    torn: list[str] = []
-    for name in names:
-        if name.startswith("step-"):
-            path = join(directory, name)
-            (whole if not name.endswith(".tmp") and _is_whole(path) else torn).append(path)
-    return whole, torn
+    paths = [join(directory, name) for name in names if name.startswith("step-")]
+    return {path: not path.endswith(".tmp") and _is_whole(path) for path in paths}
 
 
 def _is_whole(path: str) -> bool:
@@ -328,7 +325,8 @@ def _is_whole(path: str) -> bool:
 
 
 def _forget_old(directory: str, keep: int) -> None:
-    for path in _survey(directory)[0][:-keep]:
+    whole = [path for path, is_whole in _survey(directory).items() if is_whole]
+    for path in whole[:-keep]:
         filesystem, remote = fsspec.core.url_to_fs(path)
         try:
             filesystem.rm_file(join(remote, MANIFEST))  # first: a half-deleted one is not whole

@@ -1,46 +1,48 @@
-"""The training loop. It moves; it knows no method, no platform and no cluster.
+"""The training loop, which knows no method, no platform and no cluster.
 
-data -> engine(slot) for this rank's slots -> engine.step -> method.after_step
+data -> method.before_step -> engine(slot) for this rank's slots -> engine.step
+     -> method.after_step
      -> every so often: log, checkpoint, evaluate, ask whether to stop
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from memseg_dist import dist
 from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import Clock
-from memseg_dist.config import RunConfig, to_json
+from memseg_dist.config import RunConfig
 from memseg_dist.data.files import join
 from memseg_dist.data.loader import TrainLoader
 from memseg_dist.data.vocabulary import LabelSpace
-from memseg_dist.jsonable import flatten
 from memseg_dist.methods.method import Method
-from memseg_dist.models.batchnorm import commit_statistics
-from memseg_dist.runtime.api import Context, Tracker
+from memseg_dist.nn.batchnorm import commit_statistics
 from memseg_dist.train.checkpoint import Checkpoint, latest, load, save
-from memseg_dist.train.engine import Engine, EngineFactory, preview_step
-from memseg_dist.train.meters import History, Meter
+from memseg_dist.train.engine import Engine, EngineFactory
+from memseg_dist.train.meters import Meter, Recorder
 from memseg_dist.train.optim import learning_rate
+from memseg_dist.train.platform import Context, Tracker
 from memseg_dist.train.storage import make_writable, on_rank_0
-from memseg_dist.train.validate import EVALUATION, Validator
-
-T = TypeVar("T")
+from memseg_dist.train.validate import Draw, Validator
 
 
 def train(
-    config: RunConfig, context: Context, tracker: Tracker, engine_factory: EngineFactory
+    config: RunConfig,
+    context: Context,
+    tracker: Tracker,
+    engine_factory: EngineFactory,
+    draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Run `config` to its last step, or until the context wants to stop. Collective.
 
+    draw: makes the pictures of an evaluation; None: there are none.
     Returns {"status": "finished" or "stopped", "step", "checkpoint", and the last figures}.
-    ValueError, on every rank, for what the user can mend.
+    ValueError, on every rank, for what the user can correct.
     """
     try:
-        result = _train(config, context, tracker, engine_factory)
+        result = _train(config, context, tracker, engine_factory, draw)
     except BaseException:
         tracker.finish("failed")
         raise
@@ -49,14 +51,20 @@ def train(
 
 
 def _train(
-    config: RunConfig, context: Context, tracker: Tracker, engine_factory: EngineFactory
+    config: RunConfig,
+    context: Context,
+    tracker: Tracker,
+    engine_factory: EngineFactory,
+    draw: Draw | None,
 ) -> dict[str, Any]:
     on_rank_0(lambda: make_writable(config.directory))
     label_space = build_label_space(config)
     method = build_method(config, label_space, context.device)
     engine = engine_factory(method, config, context.device)
     method.train()
-    validate = Validator(config, label_space, context.device) if config.validation else None
+    validate = None
+    if config.validation is not None:
+        validate = Validator(config, label_space, context.device, draw)
     loader = build_loader(config, label_space, context)
     done, checkpoint = resume(config, engine, method, label_space)
     record = Recorder(config, context, tracker, done)
@@ -69,11 +77,15 @@ def _train(
             record(done, validate(method, tracker, done))
 
     evaluate_if_due()  # a run that was stopped between its checkpoint and its evaluation
-    for slots, waited in timed(loader.steps(done, config.steps)):
+    asked = time.perf_counter()
+    for slots in loader.steps(done, config.steps):
+        waited = time.perf_counter() - asked
         lr = learning_rate(config.optimizer, done, config.steps)
-        step_clock = Clock(done, num_slots=config.num_slots, seed=config.seed)
+        step_clock = Clock(
+            done, num_slots=config.num_slots, seed=config.seed, num_steps=config.steps
+        )
         slots = [(batch.to(context.device), clock) for batch, clock in slots]
-        preview_step(method, slots, config.engine.precision, step_clock)
+        method.before_step(slots, step_clock)
         for batch, clock in slots:
             losses = engine(batch, clock)
             engine.backward(sum(losses.values()), clock)  # type: ignore[arg-type]
@@ -106,6 +118,7 @@ def _train(
         evaluate_if_due()
         if saves or done in record.evaluated:
             meter.restart_clock()
+        asked = time.perf_counter()
 
     status = "stopped" if is_stopping else "finished"
     return {**record.last, "status": status, "step": done, "checkpoint": checkpoint}
@@ -150,48 +163,3 @@ def resume(
     if path is None:
         return 0, None
     return load(Checkpoint(path), engine, method.state(), config, label_space), path
-
-
-class Recorder:
-    """Figures on their way out: history file and tracker (rank 0), launcher (all ranks).
-
-    last: the newest figure of each name. evaluated: the steps with figures of an evaluation.
-    """
-
-    def __init__(
-        self, config: RunConfig, context: Context, tracker: Tracker, first_step: int
-    ) -> None:
-        self._context, self._tracker = context, tracker
-        self._history = History(join(config.directory, "metrics.jsonl"), first_step)
-        self.last: dict[str, float] = {}
-        self.evaluated: set[int] = set()
-        for line in on_rank_0(self._history.read):
-            self._keep(int(line.pop("step")), line)
-        if dist.rank() == 0:
-            tracker.log_params(flatten(config))
-            tracker.log_text("config.json", to_json(config))
-
-    def __call__(self, step: int, figures: dict[str, float]) -> None:
-        """Collective."""
-        self._keep(step, figures)
-        if dist.rank() == 0:
-            self._history.append(step, figures)
-            self._tracker.log_metrics(figures, step)
-        self._context.report(figures)
-
-    def _keep(self, step: int, figures: dict[str, float]) -> None:
-        self.last |= figures
-        if any(name.startswith(EVALUATION) for name in figures):
-            self.evaluated.add(step)
-
-
-def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
-    """Each item with the seconds it was waited for."""
-    iterator = iter(items)
-    while True:
-        started = time.perf_counter()
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        yield item, time.perf_counter() - started

@@ -7,13 +7,18 @@ import math
 import time
 from collections.abc import Mapping
 
+import fsspec
 import torch
 from torch import Tensor
 
 from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock
-from memseg_dist.data.files import exists, is_url, read_bytes, write_atomically
-from memseg_dist.train.storage import open_file
+from memseg_dist.config import RunConfig, to_json
+from memseg_dist.data.files import exists, is_url, join, read_bytes, write_atomically
+from memseg_dist.jsonable import flatten
+from memseg_dist.train.platform import Context, Tracker
+from memseg_dist.train.storage import on_rank_0
+from memseg_dist.train.validate import EVALUATION
 
 
 class Meter:
@@ -27,7 +32,8 @@ class Meter:
         self._forget()
 
     def _forget(self) -> None:
-        self._losses: list[tuple[int, int, str, str, Tensor]] = []
+        self._losses: list[tuple[int, int, str, str]] = []
+        self._values: list[Tensor] = []
         self._norms: list[tuple[int, Tensor]] = []
         self._images = self._skipped = 0
         self._waited = 0.0
@@ -43,8 +49,8 @@ class Meter:
         self._images += len(batch.keys)
         self._skipped += batch.skipped
         for name, loss in losses.items():
-            entry = (clock.step, clock.slot, batch.source, name, loss.detach())
-            self._losses.append(entry)
+            self._losses.append((clock.step, clock.slot, batch.source, name))
+            self._values.append(loss.detach())
 
     def add_step(self, step: int, grad_norm: Tensor, waited: float) -> None:
         """waited: seconds that this rank waited for data."""
@@ -56,33 +62,26 @@ class Meter:
 
         ValueError naming step, source and loss if a loss or a gradient is not finite.
         """
-        scalars = [entry[-1].float().reshape(()) for entry in self._losses]
-        scalars += [norm.float().reshape(()) for _, norm in self._norms]
-        values = torch.stack(scalars).tolist() if scalars else []
-        seconds = time.perf_counter() - self._started
-        num_losses = len(self._losses)
-        losses = [
-            (*entry[:4], value)
-            for entry, value in zip(self._losses, values[:num_losses], strict=True)
-        ]
+        tensors = [*self._values, *(norm for _, norm in self._norms)]
+        values = torch.stack([t.float().reshape(()) for t in tensors]).tolist() if tensors else []
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        mine = [(*entry, value) for entry, value in zip(self._losses, values)]
         norms = [
-            (step, value) for (step, _), value in zip(self._norms, values[num_losses:], strict=True)
+            (step, value) for (step, _), value in zip(self._norms, values[len(self._losses) :])
         ]
-        mine = (losses, self._images, self._skipped, self._waited / max(seconds, 1e-9))
-        gathered = dist.all_gather_object(mine)
-        num_steps = len(norms)
+        gathered = dist.all_gather_object((mine, self._images, self._skipped, self._waited))
         self._forget()
-        every_loss = sorted(entry for part in gathered for entry in part[0])
-        _check_finite(every_loss, norms)
-        figures = _means(every_loss)
-        images = sum(part[1] for part in gathered)
-        skipped = sum(part[2] for part in gathered)
-        figures["grad_norm"] = sum(value for _, value in norms) / max(num_steps, 1)
-        figures["images_per_second"] = images / max(seconds, 1e-9)
-        figures["step_seconds"] = seconds / max(num_steps, 1)
-        figures["data_wait_share"] = sum(part[3] for part in gathered) / len(gathered)
-        figures["skipped_samples"] = float(skipped)
-        return figures
+        losses_of_ranks, images, skipped, waited = zip(*gathered)
+        losses = sorted(entry for part in losses_of_ranks for entry in part)
+        _check_finite(losses, norms)
+        num_steps = max(len(norms), 1)
+        return _means(losses) | {
+            "grad_norm": sum(value for _, value in norms) / num_steps,
+            "images_per_second": sum(images) / seconds,
+            "step_seconds": seconds / num_steps,
+            "data_wait_share": sum(waited) / seconds / len(waited),
+            "skipped_samples": float(sum(skipped)),
+        }
 
 
 LossEntry = tuple[int, int, str, str, float]
@@ -148,8 +147,8 @@ class History:
     def _rewrite(self) -> None:
         content = "".join(f"{line}\n" for line in self._lines).encode()
         if is_url(self._path):
-            with open_file(self._path, "wb") as file:
-                file.write(content)
+            filesystem, path = fsspec.core.url_to_fs(self._path)
+            filesystem.pipe_file(path, content)
         else:
             write_atomically(self._path, content)
 
@@ -159,3 +158,36 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # cut short by a kill
+
+
+class Recorder:
+    """Figures on their way out: history file and tracker (rank 0), launcher (all ranks).
+
+    last: the newest figure of each name. evaluated: the steps with figures of an evaluation.
+    """
+
+    def __init__(
+        self, config: RunConfig, context: Context, tracker: Tracker, first_step: int
+    ) -> None:
+        self._context, self._tracker = context, tracker
+        self._history = History(join(config.directory, "metrics.jsonl"), first_step)
+        self.last: dict[str, float] = {}
+        self.evaluated: set[int] = set()
+        for line in on_rank_0(self._history.read):
+            self._keep(int(line.pop("step")), line)
+        if dist.rank() == 0:
+            tracker.log_params(flatten(config))
+            tracker.log_text("config.json", to_json(config))
+
+    def __call__(self, step: int, figures: dict[str, float]) -> None:
+        """Collective."""
+        self._keep(step, figures)
+        if dist.rank() == 0:
+            self._history.append(step, figures)
+            self._tracker.log_metrics(figures, step)
+        self._context.report(figures)
+
+    def _keep(self, step: int, figures: dict[str, float]) -> None:
+        self.last |= figures
+        if any(name.startswith(EVALUATION) for name in figures):
+            self.evaluated.add(step)

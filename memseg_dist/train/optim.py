@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from memseg_dist import dist
 from memseg_dist.config import OptimizerConfig
+from memseg_dist.methods.method import Method
 
 STATE_KEYS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -27,18 +29,33 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return lr
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Groups by weight decay (as a rule none for tensors of fewer than two axes) and rate scale."""
+def build_optimizer(method: Method, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Groups by weight decay (as a rule none for tensors of fewer than two axes) and rate scale.
+
+    ValueError if nothing can be trained, or if a scale is set for a group that has no parameter.
+    """
+    backbone = {
+        id(parameter)
+        for module in method.parameter_groups().get("backbone", ())
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    if not backbone and config.backbone_lr_scale != 1:
+        raise ValueError(
+            f"optimizer.backbone_lr_scale is {config.backbone_lr_scale}, but no parameter to train "
+            f"is in the group 'backbone' of {type(method).__name__}.parameter_groups(), which has "
+            f"{sorted(method.parameter_groups())}; leave the scale at 1, or name the modules there"
+        )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in trainable(module):
+    for name, parameter in trainable(method).items():
         is_decayed = parameter.ndim > 1 or config.decay_norms_and_biases
         decay = config.weight_decay if is_decayed else 0.0
-        scale = config.backbone_lr_scale if name.startswith("backbone.") else 1.0
+        scale = config.backbone_lr_scale if id(parameter) in backbone else 1.0
         if parameter.ndim <= 1 and name.split(".")[-1] == "bias":
             scale *= config.bias_lr_scale
         groups.setdefault((decay, scale), []).append(parameter)
     if not groups:
-        raise ValueError(f"{type(module).__name__} has no parameter to train")
+        raise ValueError(f"{type(method).__name__} has no parameter to train")
     options = [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), parameters in groups.items()
@@ -55,19 +72,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def fill_missing_gradients(module: nn.Module) -> None:
     """Zeros where this rank's slots did not use a parameter: all ranks reduce the same tensors."""
-    for _, parameter in trainable(module):
+    for parameter in trainable(module).values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def initialise_state(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, tensors: list[Tensor]
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, tensors: Iterable[Tensor]
 ) -> None:
     """The state before the first step, written out: an update from it equals one from no state."""
     for tensor in tensors:
@@ -83,14 +100,42 @@ def state_keys(config: OptimizerConfig) -> tuple[str, ...]:
     return () if config.kind == "sgd" and config.momentum == 0 else STATE_KEYS[config.kind]
 
 
-def get_update_count(optimizer: torch.optim.Optimizer) -> Tensor:
-    """How many updates AdamW has made: float32 []; every tensor has had the same number."""
-    return next(iter(optimizer.state.values()))["step"].clone()
+def whole_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """State of an optimizer that holds whole parameters, on rank 0's host; nothing elsewhere."""
+    if dist.rank() != 0:
+        return {}
+    return update_count(optimizer) | {
+        f"{key}/{name}": tensor.detach().cpu().clone()
+        for name, parameter in named.items()
+        for key, tensor in optimizer.state[parameter].items()
+        if key != "step"
+    }
 
 
-def set_update_count(optimizer: torch.optim.Optimizer, count: Tensor) -> None:
+def load_whole_state(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    saved: Mapping[str, Tensor],
+) -> None:
+    for name, parameter in named.items():
+        for key, tensor in optimizer.state[parameter].items():
+            if key != "step":
+                tensor.copy_(read_state(saved, key, name, parameter.shape))
+    load_update_count(optimizer, saved)
+
+
+def update_count(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's {"step": float32 []}, the same for every tensor; nothing for SGD."""
+    counts = [state["step"] for state in optimizer.state.values() if "step" in state]
+    return {"step": counts[0].clone()} if counts else {}
+
+
+def load_update_count(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
     for state in optimizer.state.values():
-        state["step"].copy_(count)
+        if "step" in state:
+            state["step"].copy_(saved["step"])
 
 
 def read_state(saved: Mapping[str, Tensor], key: str, name: str, shape: torch.Size) -> Tensor:

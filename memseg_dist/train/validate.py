@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 
@@ -10,22 +12,36 @@ from memseg_dist.config import RunConfig
 from memseg_dist.data.index import Index
 from memseg_dist.data.loader import EvalDataset
 from memseg_dist.data.vocabulary import LabelSpace
-from memseg_dist.evaluation.charts import draw_chart
-from memseg_dist.evaluation.draw import draw_panels
 from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes
+from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.methods.method import Method
-from memseg_dist.runtime.api import Tracker
+from memseg_dist.train.platform import Tracker
 
 EVALUATION = "val/"
 """What the names of an evaluation's figures begin with."""
 
 
-class Validator:
-    """Scores a method on `config.validation`; every class of its vocabulary competes."""
+Draw = Callable[..., Iterable[tuple[str, np.ndarray]]]
+"""draw(method, dataset, classes, settings, device, charts) -> the pictures beside an evaluation's
+figures, uint8 [H, W, 3] by name. Called on rank 0, no collective. charts: `Method.charts()`.
+"""
 
-    def __init__(self, config: RunConfig, label_space: LabelSpace, device: torch.device) -> None:
+
+class Validator:
+    """Scores a method on `config.validation`; every class of its vocabulary competes.
+
+    draw: makes the pictures that go to the tracker; None: none are made.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        label_space: LabelSpace,
+        device: torch.device,
+        draw: Draw | None = None,
+    ) -> None:
         assert config.validation is not None
-        self.config, self.label_space, self.device = config, label_space, device
+        self.config, self.device, self.draw = config, device, draw
         self.settings = settings = config.validation
         self.classes = evaluated_classes(
             label_space,
@@ -46,46 +62,25 @@ class Validator:
     def __call__(self, method: Method, tracker: Tracker, step: int) -> dict[str, float]:
         """All / Base / Novel mIoU and more; table, panels and charts logged. Collective."""
         settings = self.settings
-        is_bf16 = self.config.engine.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
-            result = evaluate(
-                method,
-                self.dataset,
-                self.classes,
-                device=self.device,
-                mode=settings.mode,
-                window=settings.window,
-                stride=settings.stride,
-                max_images=settings.max_images,
-                num_processes=self.config.loader.processes,
-            )
-            if dist.rank() == 0:
-                self._draw(method, tracker, step)
         charts = method.charts()
-        if dist.rank() == 0:
-            for name, values in charts.items():
-                tracker.log_image(f"charts/{name}", draw_chart(name, values.numpy()), step)
-        dist.barrier()
-        scores = result.scores
-        if dist.rank() == 0:
-            text = f"{result.table()}\n\n{scores.class_table()}\n"
-            tracker.log_text(f"validation/step-{step:08d}.txt", text)
-        return scores.metrics(prefix=EVALUATION)
-
-    def _draw(self, method: Method, tracker: Tracker, step: int) -> None:
-        settings = self.settings
-        panels = draw_panels(
+        result = evaluate(
             method,
             self.dataset,
             self.classes,
-            num_panels=settings.num_panels,
             device=self.device,
-            mode=settings.mode,
-            window=settings.window,
-            stride=settings.stride,
+            inference=Inference(settings.mode, window=settings.window, stride=settings.stride),
+            max_images=settings.max_images,
+            num_processes=self.config.loader.processes,
         )
-        for number, drawn in enumerate(panels):
-            tracker.log_image(f"panels/{number:02d}", drawn.image, step)
+        if dist.rank() == 0 and self.draw is not None:
+            pictures = self.draw(method, self.dataset, self.classes, settings, self.device, charts)
+            for name, image in pictures:
+                tracker.log_image(name, image, step)
+        dist.barrier()
+        if dist.rank() == 0:
+            text = f"{result.table()}\n\n{result.scores.class_table()}\n"
+            tracker.log_text(f"validation/step-{step:08d}.txt", text)
+        return result.scores.metrics(prefix=EVALUATION)
 
 
 def training_image_counts(config: RunConfig, label_space: LabelSpace) -> np.ndarray:

@@ -8,14 +8,6 @@ import pytest
 from data.made import write
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MEMSEG_CACHE", str(folder))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def masks_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """17 samples with masks in shards of uneven size; not to be changed."""

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from memseg_dist.data.index import Index
-from memseg_dist.data.shards import Sample, finish, write_shard
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
+from memseg_dist.tools.shards import Sample, finish, write_shard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_CLASSES = 6

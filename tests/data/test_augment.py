@@ -78,7 +78,7 @@ def test_a_pure_function_of_the_seed_that_leaves_the_global_generators_alone():
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]
     assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
-    assert first.place == again.place
+    assert first.crop_box == again.crop_box
     assert not torch.equal(first.image, augment(image, mask, config, 8).image)
 
 
@@ -165,7 +165,7 @@ def test_a_crop_is_where_its_place_says(keep_ratio):
     sizes = set()
     for seed in range(60):
         made = augment(image, mask, config, seed, saliency=image[0])
-        place = made.place
+        place = made.crop_box
         assert made.valid[: place.rows, : place.columns].all()
         assert made.valid.sum() == place.rows * place.columns
         across = (torch.arange(place.columns) + 0.5) / place.columns
@@ -194,8 +194,8 @@ def test_without_the_ratio_every_image_fills_the_crop():
     for height, width in ((30, 90), (90, 30), (7, 500)):
         made = augment(torch.zeros(3, height, width, dtype=torch.uint8), None, config, 3)
         assert made.valid.all()
-        flipped = made.place.flipped
-        assert made.place == (0.0, 0.0, 1.0, 1.0, flipped, 48, 48)
+        flipped = made.crop_box.flipped
+        assert made.crop_box == (0.0, 0.0, 1.0, 1.0, flipped, 48, 48)
     assert resized_size(30, 90, replace(config, crop=321), 1.25) == (401, 401)
     assert resized_size(30, 90, replace(config, keep_ratio=True, resize=(60, 60)), 1) == (20, 60)
 
@@ -206,5 +206,5 @@ def test_saliency_does_not_change_the_crop():
     for seed in range(5):
         with_it = augment(image, mask, config, seed, saliency=image[0])
         without = augment(image, mask, config, seed)
-        assert torch.equal(with_it.image, without.image) and with_it.place == without.place
+        assert torch.equal(with_it.image, without.image) and with_it.crop_box == without.crop_box
         assert without.saliency is None

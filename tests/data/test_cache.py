@@ -13,6 +13,7 @@ from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.index import Index
 from memseg_dist.data.loader import EvalDataset, Source, TrainLoader
+from memseg_dist.tools.external import ensure_indexed
 
 SIZE = 1000
 
@@ -149,14 +150,15 @@ def test_a_data_set_behind_a_url_equals_the_local_one(tmp_path, masks_root):
         fresh[row]
 
 
-def test_foreign_shards_behind_a_url_are_indexed_in_the_cache(tmp_path):
+def test_external_shards_behind_a_url_are_indexed_in_the_cache(tmp_path):
     write(tmp_path / "data", (2, 1))
     memory = fsspec.filesystem("memory")
     for name in ("shard-000000.tar", "shard-000001.tar", "vocabulary.json"):
-        memory.pipe(f"/foreign/{name}", (tmp_path / "data" / name).read_bytes())
-    index = Index.open("memory://foreign", tmp_path / "cache")
+        memory.pipe(f"/external/{name}", (tmp_path / "data" / name).read_bytes())
+    ensure_indexed(["memory://external"], tmp_path / "cache")
+    index = Index.open("memory://external", tmp_path / "cache")
     assert len(index) == 3
-    assert index.shard_names[0] == "memory://foreign/shard-000000.tar"
-    items = EvalDataset("memory://foreign", SPACE, "masks", cache_dir=tmp_path / "cache")
+    assert index.shard_names[0] == "memory://external/shard-000000.tar"
+    items = EvalDataset("memory://external", SPACE, "masks", cache_dir=tmp_path / "cache")
     local = EvalDataset(tmp_path / "data", SPACE, "masks", cache_dir=tmp_path / "cache")
     assert items[2].image.equal(local[2].image)

@@ -15,8 +15,8 @@ from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.decode import CorruptSample, encode_mask
 from memseg_dist.data.index import Index
 from memseg_dist.data.loader import EvalDataset, Source, TrainLoader, slots_of
-from memseg_dist.data.shards import Sample, finish, write_shard
 from memseg_dist.data.vocabulary import Category, LabelSpace
+from memseg_dist.tools.shards import Sample, finish, write_shard
 
 SMALL = AugmentConfig(resize=(64, 48), crop=32)
 STEPS = 7
@@ -54,7 +54,7 @@ def assert_same(ours, theirs):
     assert ours.keys() == theirs.keys()
     for place, batch in ours.items():
         other = theirs[place]
-        for name in ("labels", "source", "supervision", "keys", "skipped", "places"):
+        for name in ("labels", "source", "supervision", "keys", "skipped", "crop_boxes"):
             assert getattr(batch, name) == getattr(other, name), (place, name)
         for name in ("images", "valid", "masks", "saliency"):
             ours_tensor, other_tensor = getattr(batch, name), getattr(other, name)
@@ -313,7 +313,7 @@ def test_sources_that_cannot_work_are_refused(masks_root, labels_root, tmp_path)
         ({"labels_from": "crop"}, "14 of 14 samples have no mask.*labels_from 'crop'"),
         ({"name": "other"}, "source 'other' is not in the label space; known are"),
         ({"slots": 15}, "14 samples cannot fill 15 slots"),
-        ({"path": str(tmp_path)}, r"no index\.parquet and no \*\.tar"),
+        ({"path": str(tmp_path)}, r"no index\.parquet; .*memseg data index"),
         ({"repeat_threshold": 0.0}, "repeat_threshold is 0.0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ from PIL import Image
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.decode import CorruptSample
 from memseg_dist.data.loader import Source, TrainLoader
-from memseg_dist.data.shards import Sample, finish, write_shard
+from memseg_dist.tools.shards import Sample, finish, write_shard
 
 KEYS = ("a/0", "a/1", "b/%2E2", "b/3")
 WIDTH, HEIGHT = 40, 30
@@ -50,7 +50,7 @@ def test_maps_are_cut_as_the_masks_are(source, keep_ratio):
     assert not batch.valid.all()
     without = one_batch(replace(source, saliency=None))
     assert without.saliency is None
-    assert torch.equal(without.images, batch.images) and without.places == batch.places
+    assert torch.equal(without.images, batch.images) and without.crop_boxes == batch.crop_boxes
 
 
 def test_loader_processes_and_devices(source):
@@ -100,7 +100,7 @@ def test_a_wrong_map_is_named_or_skipped(source, tmp_path, mode, size, message):
     place = batch.keys.index("b/3")
     assert batch.skipped == 1
     assert (batch.saliency[place] == -1).all()
-    assert (batch.places[place].rows, batch.places[place].width) == (0, 0)
+    assert (batch.crop_boxes[place].rows, batch.crop_boxes[place].width) == (0, 0)
 
 
 @pytest.mark.parametrize("keep", [0, 20, -60])

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memseg_dist.data.class_lists import read_classes
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import LabelSpace, Vocabulary
 
@@ -75,25 +74,25 @@ def test_bad_masks(folder, masks, options, picture_files):
     "content",
     ['["dog", "cat"]', '{"classes": ["dog", "cat"], "ignore": 255}', "dog\ncat\n"],
 )
-def test_class_lists(tmp_path, content):
+def test_class_lists(load_recipe, tmp_path, content):
     path = tmp_path / ("c.txt" if content[0] == "d" else "c.json")
     path.write_text(content)
-    assert read_classes(path).uids == ("name:dog", "name:cat")
-    assert read_classes(path, COCO).uids == ("n02084071", "n02121620")
+    assert load_recipe("folder").read_classes(path).uids == ("name:dog", "name:cat")
+    assert load_recipe("folder").read_classes(path, COCO).uids == ("n02084071", "n02121620")
 
 
-def test_a_class_list_may_be_a_vocabulary():
-    assert read_classes(COCO) == Vocabulary.load(COCO)
+def test_a_class_list_may_be_a_vocabulary(load_recipe):
+    assert load_recipe("folder").read_classes(COCO) == Vocabulary.load(COCO)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{}", "expected"), ("[1]", "expected"), ("{", "not JSON"), ('["a", "A"]', "both get")],
 )
-def test_bad_class_lists(tmp_path, content, message):
+def test_bad_class_lists(load_recipe, tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_classes(tmp_path / "c.json")
+        load_recipe("folder").read_classes(tmp_path / "c.json")
 
 
 def test_class_folders(folder, tmp_path, options, picture_files, read_back):

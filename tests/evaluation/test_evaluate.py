@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from evaluation.stand_in import FIRST_ID, NUM_CLASSES, ColorMethod, Images, evaluated
+from reference.sliding import segment_dense
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
-from memseg_dist.evaluation.draw import choose_images, draw_panels
 from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes, to_evaluated
 from memseg_dist.evaluation.metrics import SegmentationMetrics
-from memseg_dist.evaluation.sliding import segment_dense
+from memseg_dist.evaluation.sliding import Inference
+from memseg_dist.tools.pictures.draw import choose_images, draw_panels
 
 
 def run(num_images: int = 5, num_processes: int = 0) -> dict:
@@ -23,8 +24,7 @@ def run(num_images: int = 5, num_processes: int = 0) -> dict:
         Images(num_images),
         evaluated(),
         device="cpu",
-        window=16,
-        stride=10,
+        inference=Inference(window=16, stride=10),
         num_processes=num_processes,
         show_progress=False,
     )
@@ -39,9 +39,8 @@ def test_equals_a_plain_loop():
         image, truth, _, _ = images[index]
         with torch.no_grad():
             label = segment_dense(
-                method.predict, image, ids, mode="slide", window=16, stride=10,
-                out_size=tuple(truth.shape),
-            )  # fmt: skip
+                method.predict, image, ids, Inference(window=16, stride=10), tuple(truth.shape)
+            )
         target = truth - FIRST_ID
         target[(truth == IGNORE) | (target == NUM_CLASSES)] = IGNORE
         metrics.update(label, target)
@@ -132,8 +131,6 @@ def test_panels_show_novel_classes_first():
     assert len(chosen) == 3 and chosen == choose_images(images, classes, 3)
     assert all(classes[focus].group == "novel" for _, focus in chosen)
     assert {focus for _, focus in chosen} == {4, 5}
-    drawn = draw_panels(
-        ColorMethod(), images, classes, num_panels=2, device="cpu", window=16, stride=16
-    )
+    drawn = draw_panels(ColorMethod(), images, classes, 2, "cpu", Inference(window=16, stride=16))
     assert len(drawn) == 2 and drawn[0].focus.group == "novel"
     assert drawn[0].image.dtype == np.uint8 and drawn[0].image.shape[2] == 3

@@ -10,9 +10,9 @@ import torch
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.evaluation.metrics import (
-    BucketThresholds,
     EvaluatedClass,
     SegmentationMetrics,
+    bucket,
 )
 
 
@@ -87,7 +87,7 @@ def test_buckets_by_training_images():
     scores = metrics.scores(evaluated("bbnn", (101, 100, 11, 10)))
     assert [row.bucket for row in scores.classes] == ["head", "common", "common", "tail"]
     assert scores.groups["common"].num_classes == 2
-    assert BucketThresholds(head=5, tail=1).bucket(5) == "common"
+    assert [bucket(count) for count in (10, 11, 100, 101)] == ["tail", "common", "common", "head"]
     assert "head" not in metrics.scores(evaluated("bbnn")).groups
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference.sliding import dense_logits, segment_dense
 from torch import Tensor
 
 from memseg_dist.evaluation import sliding
-from memseg_dist.evaluation.sliding import Window, segment, segment_dense, windows
-from memseg_dist.methods.method import LinearLogits
+from memseg_dist.evaluation.sliding import Inference, Window, segment, segment_confident, windows
+from memseg_dist.methods.method import DenseLogits, LinearLogits
 
 STRIDE = 4
 DIM = 6
@@ -74,10 +75,10 @@ def test_chunked_equals_dense(size, mode, window, stride, out_size, memory_bytes
     weight = integer_weight(num_classes)
     predict = integer_predict(weight, torch.arange(num_classes).float() % 3)
     classes = torch.arange(num_classes)
-    options = {"mode": mode, "window": window, "stride": stride, "out_size": out_size}
+    options = Inference(mode, window=window, stride=stride, memory_bytes=memory_bytes)
     image = picture(*size)
-    fast = segment(predict, image, classes, memory_bytes=memory_bytes, **options)
-    slow = segment_dense(predict, image, classes, **options)
+    fast = segment(predict, image, classes, options, out_size)
+    slow = segment_dense(predict, image, classes, options, out_size)
     assert fast.shape == (out_size or size) and fast.dtype == torch.int64
     assert torch.equal(fast, slow)
 
@@ -97,9 +98,7 @@ def test_equal_classes_tie_and_the_first_wins(monkeypatch, chunk):
             ),
             image,
             torch.arange(600),
-            mode=mode,
-            window=20,
-            stride=12,
+            Inference(mode, window=20, stride=12),
             out_size=(50, 40),
         )
         assert label.max() < 150
@@ -107,7 +106,8 @@ def test_equal_classes_tie_and_the_first_wins(monkeypatch, chunk):
 
 def test_equal_logits_give_the_first_class():
     weight = torch.ones(700, DIM)
-    label = segment(integer_predict(weight), picture(8, 8), torch.arange(700), memory_bytes=1)
+    options = Inference("whole", memory_bytes=1)
+    label = segment(integer_predict(weight), picture(8, 8), torch.arange(700), options)
     assert torch.equal(label, torch.zeros(8, 8, dtype=torch.int64))
 
 
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
             integer_predict(weight),
             picture(64, 64),
             torch.arange(num_classes),
-            memory_bytes=bound,
+            Inference("whole", memory_bytes=bound),
             out_size=(128, 96),
         )
         assert largest <= bound
@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
 )
 def test_bad_input_is_named(image, classes, mode, message):
     with pytest.raises(ValueError, match=message):
-        segment(integer_predict(integer_weight(2)), image, classes, mode=mode)
+        segment(integer_predict(integer_weight(2)), image, classes, Inference(mode))
 
 
 def test_autocast_does_not_round_the_logits():
@@ -174,3 +174,22 @@ def test_autocast_does_not_round_the_logits():
     plain = segment(predict, picture(24, 24), torch.arange(400))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(segment(predict, picture(24, 24), torch.arange(400)), plain)
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 10**9])
+@pytest.mark.parametrize("kind", ["linear", "dense"])
+def test_confidence_is_the_softmax_of_the_dense_logits(memory_bytes, kind):
+    weight = integer_weight(600) / 40
+    linear = integer_predict(weight, torch.arange(600).float() / 600)
+
+    def predict(images: Tensor, classes: Tensor) -> LinearLogits | DenseLogits:
+        made = linear(images, classes)
+        return made if kind == "linear" else DenseLogits(made.dense())
+
+    image, classes = picture(24, 40), torch.arange(600)
+    options = Inference(window=16, stride=12, memory_bytes=memory_bytes)
+    label, confidence = segment_confident(predict, image, classes, options, (30, 50))
+    expected = dense_logits(predict, image, classes, options, (30, 50)).softmax(dim=0)
+    torch.testing.assert_close(confidence, expected.amax(dim=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(expected.gather(0, label[None])[0], confidence, rtol=1e-4, atol=0)
+    assert torch.equal(label, segment(predict, image, classes, options, (30, 50)))

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from methods.contract import MethodContract
+from methods.patches import Patches
 
 from memseg_dist.methods.classify import Classify, ClassifyConfig
-
-
-class Patches(nn.Module):
-    dim = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, self.dim, 8, 8)
-
-    def forward(self, images, valid=None):
-        return self.conv(images / 255)
 
 
 def test_a_map_is_the_positive_part_of_the_classs_logits_over_their_maximum():
     torch.manual_seed(0)
     method = Classify(
-        Patches(), ClassifyConfig(), num_classes=4, classes={"source": np.arange(4)}
+        Patches(6, 8), ClassifyConfig(), num_classes=4, classes={"source": np.arange(4)}
     ).eval()
     with torch.no_grad():
         method.classifier.bias[3] = -100  # nowhere
@@ -35,3 +25,8 @@ def test_a_map_is_the_positive_part_of_the_classs_logits_over_their_maximum():
         assert expected.max() > 0
         torch.testing.assert_close(found[image], expected / expected.max())
     assert found.shape == (3, 4, 5) and not found[2].any()
+
+
+class TestContract(MethodContract):
+    method = ClassifyConfig()
+    losses = {"weak": {"classification"}}

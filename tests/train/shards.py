@@ -20,10 +20,10 @@ from memseg_dist.config import (
 )
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
-from memseg_dist.data.shards import Sample, finish, write_shard
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.methods.larvseg import LarvSegConfig
-from memseg_dist.models.backbone import BackboneConfig
+from memseg_dist.methods.larvseg.config import LarvSegConfig
+from memseg_dist.nn.backbone import BackboneConfig
+from memseg_dist.tools.shards import Sample, finish, write_shard
 
 COLORS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40]])
 CATEGORIES = tuple(

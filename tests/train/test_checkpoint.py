@@ -14,9 +14,13 @@ from train.tiny import Tiny, micro_batches, tiny_config
 from memseg_dist import dist
 from memseg_dist.batch import Clock
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
-from memseg_dist.memory.bank import Bank
+from memseg_dist.memory.layouts import Rings
+from memseg_dist.memory.means import ClassMeans
+from memseg_dist.memory.rows import ShardedRows
+from memseg_dist.memory.rules import Overwrite
 from memseg_dist.train.checkpoint import Checkpoint, check_same_run, latest, load, save
 from memseg_dist.train.engine import TorchEngine
+from memseg_dist.train.storage import make_writable
 
 LABELS = LabelSpace.union({"source0": Vocabulary((Category("n1", "cat"), Category("n2", "dog")))})
 NUM_CLASSES = 7
@@ -30,11 +34,11 @@ def make_engine() -> TorchEngine:
     return engine
 
 
-def make_bank(table="sharded", dtype=torch.float32) -> Bank:
-    return Bank(NUM_CLASSES, 2, 3, table=table, dtype=dtype)
+def make_bank(table="sharded", dtype=torch.float32) -> ShardedRows:
+    return ShardedRows(Rings(NUM_CLASSES, 2), Overwrite(), 3, table=table, dtype=dtype)
 
 
-def filled_bank(table="sharded", dtype=torch.float32) -> Bank:
+def filled_bank(table="sharded", dtype=torch.float32) -> ShardedRows:
     """The same content at any number of ranks: rank 0 proposes everything."""
     bank = make_bank(table, dtype)
     for step in range(3):
@@ -53,8 +57,9 @@ def write(directory, step=1, keep=3, table="sharded", dtype=torch.float32):
 
 def read(path, table="sharded", dtype=torch.float32):
     engine, bank = make_engine(), make_bank(table, dtype)
+    means = ClassMeans(bank)
     step = load(Checkpoint(path), engine, {"memory": bank}, tiny_config(), LABELS)
-    return step, bank.digest(values=True), dict(engine.state().weights), bank.means
+    return step, bank.digest(values=True), dict(engine.state().weights), means.means
 
 
 @pytest.mark.parametrize("table", ["sharded", "local"])
@@ -78,8 +83,8 @@ def test_a_reader_takes_only_the_rows_it_needs(process_pool, tmp_path):
     (path, _), *_ = process_pool(3).run(write, str(tmp_path))
     reader = Checkpoint(path).reader("memory")
     whole = reader("rows")
-    assert whole.shape == (NUM_CLASSES, 2, 3)
-    for start, stop in ((0, 2), (1, 6), (3, 3), (6, 7), (7, 7)):
+    assert whole.shape == (2 * NUM_CLASSES, 3)
+    for start, stop in ((0, 2), (1, 11), (3, 3), (10, 14), (14, 14)):
         torch.testing.assert_close(reader("rows", start, stop), whole[start:stop], rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"memory 'memory' has no tensor 'rowz'"):
         reader("rowz")
@@ -177,3 +182,8 @@ def test_maps_may_move_but_not_come_or_go(tmp_path):
     check_same_run(Checkpoint(path), config("s3://bucket/maps"), LABELS)
     with pytest.raises(ValueError, match=r"saliency: True -> False"):
         check_same_run(Checkpoint(path), config(None), LABELS)
+
+
+def test_trying_a_directory_leaves_nothing_there(tmp_path):
+    make_writable(str(tmp_path / "new"))
+    assert list((tmp_path / "new").iterdir()) == []

@@ -15,11 +15,13 @@ from train.shards import larvseg_config, write_squares
 
 from memseg_dist import dist
 from memseg_dist.config import EngineConfig, from_json, to_json
-from memseg_dist.runtime.api import NullTracker
-from memseg_dist.runtime.on_deepspeed import DeepSpeedEngine
+from memseg_dist.methods.larvseg.method import LarvSeg
+from memseg_dist.platforms.on_deepspeed import DeepSpeedEngine
+from memseg_dist.tools.pictures.draw import draw_validation
 from memseg_dist.train import loop
 from memseg_dist.train.checkpoint import Checkpoint, latest
 from memseg_dist.train.engine import TorchEngine
+from memseg_dist.train.platform import Tracker
 
 
 class Here:
@@ -37,7 +39,7 @@ class Here:
         return self._questions == self._stop_at
 
 
-class Watching(NullTracker):
+class Watching(Tracker):
     def __init__(self) -> None:
         self.images, self.texts, self.status = [], {}, ""
 
@@ -71,7 +73,7 @@ def run(config_json: str, stop_at: int | None = None):
         methods.append(method)
         return _Watched(engine, keys)
 
-    result = loop.train(config, Here(stop_at), NullTracker(), watched)
+    result = loop.train(config, Here(stop_at), Tracker(), watched)
     memory = methods[0].state().get("memory")
     return result, keys, None if memory is None else memory.digest()
 
@@ -185,12 +187,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "tests")]
 import torch
 from memseg_dist.config import from_json
-from memseg_dist.runtime.api import NullTracker
-from memseg_dist.runtime.on_deepspeed import DeepSpeedEngine
+from memseg_dist.train.platform import Tracker
+from memseg_dist.platforms.on_deepspeed import DeepSpeedEngine
+from memseg_dist.tools.pictures.draw import draw_validation
 from memseg_dist.train.loop import train
 from train.test_loop import Here
 
-class Killed(NullTracker):
+class Killed(Tracker):
     def log_metrics(self, metrics, step):
         if step == int(sys.argv[2]) and "loss" in metrics:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -200,7 +203,8 @@ class Killed(NullTracker):
             os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
-train(from_json(Path(sys.argv[1]).read_text()), Here(), Killed(), DeepSpeedEngine)
+config = from_json(Path(sys.argv[1]).read_text())
+train(config, Here(), Killed(), DeepSpeedEngine, draw_validation)
 """
 
 
@@ -242,7 +246,7 @@ def test_a_finished_run_is_not_trained_or_evaluated_again(whole, process_pool):
 def test_panels_table_and_status_reach_the_tracker(whole, data, tmp_path):
     config = larvseg_config(data, tmp_path, steps=1, engine=EngineConfig("torch"))
     tracker = Watching()
-    loop.train(config, Here(), tracker, TorchEngine)
+    loop.train(config, Here(), tracker, TorchEngine, draw_validation)
     assert tracker.status == "finished"
     names = [(name, step) for name, _, step in tracker.images]
     assert names == [("panels/00", 1), ("charts/memory/rows per class", 1)]
@@ -253,7 +257,7 @@ def test_panels_table_and_status_reach_the_tracker(whole, data, tmp_path):
 def torch_run(data, storage, **changes):
     defaults = {"engine": EngineConfig("torch"), "validation": None}
     config = larvseg_config(data, storage, **(defaults | changes))
-    return loop.train(config, Here(), NullTracker(), TorchEngine), config
+    return loop.train(config, Here(), Tracker(), TorchEngine), config
 
 
 def test_recomputed_activations_change_no_loss_and_write_no_memory_twice(data, tmp_path):
@@ -295,14 +299,14 @@ def test_output_that_cannot_be_written_is_told_before_training(data, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_source(data, tmp_path, monkeypatch):
-    forward = loop.build_method.__globals__["LarvSeg"].forward
+    forward = LarvSeg.forward
 
     def broken(self, batch, clock):
         found = forward(self, batch, clock)
         factor = float("nan") if (clock.step, clock.slot) == (1, 4) else 1.0
         return {name: loss * factor for name, loss in found.items()}
 
-    monkeypatch.setattr(loop.build_method.__globals__["LarvSeg"], "forward", broken)
+    monkeypatch.setattr(LarvSeg, "forward", broken)
     with pytest.raises(
         ValueError, match=r"'(aux|cls)' of source 'weak' was nan at step 1 \(slot 4"
     ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from train.tiny import Tiny
 
 from memseg_dist.config import OptimizerConfig
@@ -106,8 +105,43 @@ def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error():
     optimizer = build_optimizer(method, OptimizerConfig())
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not trained & {id(p) for p in method.backbone.parameters()}
-    with pytest.raises(ValueError, match="ReLU has no parameter to train"):
-        build_optimizer(nn.ReLU(), OptimizerConfig())
+    method.requires_grad_(False)
+    with pytest.raises(ValueError, match="Tiny has no parameter to train"):
+        build_optimizer(method, OptimizerConfig())
+
+
+class Trunk(Tiny):
+    """Its backbone goes by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = self.backbone
+        del self.backbone
+
+    def parameter_groups(self):
+        return {"backbone": [self.trunk]}
+
+
+class Nameless(Trunk):
+    def parameter_groups(self):
+        return {}
+
+
+def test_the_backbones_rate_goes_by_module_and_a_scale_for_nothing_is_an_error():
+    method, config = Trunk(), OptimizerConfig(lr=1.0, backbone_lr_scale=0.5)
+    slow = {
+        id(parameter)
+        for group in build_optimizer(method, config).param_groups
+        for parameter in group["params"]
+        if group["lr_scale"] == 0.5
+    }
+    assert slow == {id(parameter) for parameter in method.trunk.parameters()}
+    with pytest.raises(ValueError, match=r"backbone_lr_scale is 0.5, but no parameter to train is"):
+        build_optimizer(Nameless(), config)
+    method.trunk.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"backbone_lr_scale is 0.5, but no parameter to train is"):
+        build_optimizer(method, config)
+    build_optimizer(Nameless(), OptimizerConfig())  # nothing is to be scaled
 
 
 def test_adamw_takes_its_betas():

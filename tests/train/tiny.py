@@ -10,7 +10,7 @@ from memseg_dist.config import EngineConfig, OptimizerConfig, RunConfig
 from memseg_dist.data.loader import Source
 from memseg_dist.methods.classify import ClassifyConfig
 from memseg_dist.methods.method import Method
-from memseg_dist.models.batchnorm import record_batchnorm
+from memseg_dist.nn.batchnorm import record_batchnorm
 
 
 class Tiny(Method):

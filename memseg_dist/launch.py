@@ -1,0 +1,139 @@
+"""`launch(config)` starts a run where its config says, and tells where its results lie."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memseg_dist.config import RunConfig, from_json, to_json, with_absolute_paths
+from memseg_dist.methods.kinds import register
+from memseg_dist.methods.method import MethodConfig
+from memseg_dist.platforms import local
+from memseg_dist.platforms.folder import FolderTracker
+from memseg_dist.tools.external import ensure_indexed
+from memseg_dist.tools.pictures.draw import draw_validation
+from memseg_dist.train.engine import EngineFactory, TorchEngine
+from memseg_dist.train.loop import newest_checkpoint, train
+from memseg_dist.train.platform import ConsoleTracker, Context, Tracker, Trackers
+from memseg_dist.train.storage import make_writable
+
+
+def launch(config: RunConfig) -> dict[str, Any]:
+    """Trains, resuming what `config.directory` holds. What the training loop returned on rank 0.
+
+    ValueError for a config that cannot run here; RunFailed when training failed.
+    """
+    config = with_absolute_paths(config)
+    make_writable(config.directory)
+    newest_checkpoint(config)
+    config = replace(config, resume="auto")  # asked once: restarted workers do go on
+    config_json = to_json(config)
+    worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
+    if config.launch.launcher == "ray":
+        from memseg_dist.platforms import on_ray
+
+        result = on_ray.run(worker, config_json, config)
+    else:
+        workers = config.launch.workers_range[1]
+        result = local.run(worker, config_json, workers, config.launch.use_gpu)
+    print(where_things_are(config), flush=True)
+    return result
+
+
+def run_worker(
+    config_json: str, context: Context, *, tags: Mapping[str, str], method: type[MethodConfig]
+) -> dict[str, Any]:
+    """One worker's part of the run. method: may be one that only the job knows."""
+    register(method)
+    config = from_json(config_json)
+    paths = [source.path for source in config.sources]
+    ensure_indexed(
+        [*paths, config.validation.path] if config.validation else paths, config.cache_directory
+    )
+    tracker = build_tracker(config, tags) if context.rank == 0 else Tracker()
+    return train(config, context, tracker, engine_factory(config), draw_validation)
+
+
+def engine_factory(config: RunConfig) -> EngineFactory:
+    if config.engine.kind == "torch":
+        return TorchEngine
+    from memseg_dist.platforms.on_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine
+
+
+def build_tracker(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
+    """What rank 0 writes to; figures to standard output and pictures to the run directory too."""
+    if config.tracking.kind == "none":
+        return Tracker()
+    trackers: list[Tracker] = [ConsoleTracker(), FolderTracker(config.directory)]
+    if config.tracking.kind == "mlflow":
+        trackers.append(build_mlflow(config, tags))
+    return Trackers(trackers)
+
+
+def build_mlflow(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
+    """The run's MLflow alone: the run that it has already, if there is one."""
+    from memseg_dist.platforms.on_mlflow import MlflowTracker
+
+    uri = tracking_uri(config)
+    is_ours = config.tracking.uri is None
+    return MlflowTracker(
+        config.directory,
+        uri=uri,
+        experiment=config.tracking.experiment,
+        run_name=config.name,
+        artifacts=Path(config.storage, "mlflow-artifacts").as_uri() if is_ours else None,
+        tags=tags,
+        history=f"{config.directory}/metrics.jsonl",
+        system_metrics=config.tracking.system_metrics,
+    )
+
+
+def tracking_uri(config: RunConfig) -> str:
+    if config.tracking.uri is not None:
+        return config.tracking.uri
+    if "://" in config.storage:
+        raise ValueError(
+            f"storage {config.storage} is a URL, which cannot hold MLflow's sqlite file; set "
+            "tracking.uri (a tracking server, or sqlite:////some/local/mlflow.db)"
+        )
+    return f"sqlite:///{config.storage}/mlflow.db"
+
+
+def provenance() -> dict[str, str]:
+    """What made this run: the command and the commit of the code."""
+    folder = Path(__file__).parent
+    return {
+        "memseg.command": shlex.join([sys.executable, *sys.argv]),
+        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.git.commit": _git(folder, "rev-parse", "HEAD") or "unknown",
+        "memseg.git.modified": str(bool(_git(folder, "status", "--porcelain", "-uno"))),
+    }
+
+
+def where_things_are(config: RunConfig) -> str:
+    lines = [f"run         {config.directory}"]
+    if config.validation is not None and config.tracking.kind != "none":
+        lines.append(f"overlays    {config.directory}/panels")
+    if config.tracking.kind == "mlflow":
+        lines.append(f"figures     mlflow ui --backend-store-uri {tracking_uri(config)}")
+    if "runtime_resources/working_dir_files" in config.storage:
+        lines.append("attention   this directory vanishes with the Ray job; use --storage")
+    return "\n".join(lines)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""

@@ -1,0 +1,69 @@
+"""The (image, label) pairs of a slot, made from host labels alone, so their number costs no sync.
+
+Shape letters: R pairs, C classes of the label space, N of one source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memseg_dist.batch import Batch
+
+
+@dataclass(frozen=True)
+class LabelPairs:
+    """Pairs in the order of the batch.
+
+    On the host, int64 [R]: `class_ids`, `image_ids` (which image of the slot), `columns` and
+    `num_labels` (of the image). On the device, int64 [R]: `image`, `class_id`, `column`.
+    """
+
+    class_ids: np.ndarray
+    image_ids: np.ndarray
+    columns: np.ndarray
+    num_labels: np.ndarray
+    image: Tensor
+    class_id: Tensor
+    column: Tensor
+
+    @staticmethod
+    def of(batch: Batch, column_C: np.ndarray, device: torch.device) -> LabelPairs:
+        """column_C: see `columns_of`. ValueError for a label outside the source's vocabulary."""
+        counts = np.array([len(labels) for labels in batch.labels], dtype=np.int64)
+        class_ids = np.array([label for labels in batch.labels for label in labels], np.int64)
+        columns = column_C[class_ids]
+        if (columns < 0).any():
+            raise ValueError(
+                f"label {class_ids[columns < 0][0]} of a batch of '{batch.source}' is not in the "
+                "vocabulary of that source"
+            )
+        images = np.repeat(np.arange(len(counts)), counts)
+        image, class_id, column = onto_device(device, images, class_ids, columns)
+        num_labels = np.repeat(counts, counts)
+        return LabelPairs(class_ids, images, columns, num_labels, image, class_id, column)
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+
+def onto_device(device: torch.device | str, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+    """Host arrays on the device, copied without waiting for it."""
+    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+
+
+def columns_of(class_ids_N: np.ndarray | Sequence[int], num_classes: int) -> np.ndarray:
+    """int64 [C]: the column of each label-space class among `class_ids`, -1 outside them."""
+    column_C = np.full(num_classes, -1, dtype=np.int64)
+    column_C[class_ids_N] = np.arange(len(class_ids_N))
+    return column_C
+
+
+def check_source(batch: Batch, classes: Mapping[str, object]) -> None:
+    """ValueError for a batch of a source that the method was not built with."""
+    if batch.source not in classes:
+        raise ValueError(f"source '{batch.source}' is not one of {sorted(classes)}")

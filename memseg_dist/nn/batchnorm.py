@@ -1,0 +1,161 @@
+"""BatchNorm that does not know how many workers there are.
+
+A slot is what one GPU was in the papers: training normalises within the slot, as BatchNorm does,
+and the running statistics move once per optimizer step, by the mean over all recorded forward
+passes of all slots of all ranks.
+
+    record_batchnorm(model)                         # once, after building
+    with recording(model, slot):                    # slot None: idle, records nothing
+        model(batch)
+        with leave_out(model, "strong view"):
+            model(other_view)                       # does not move the running statistics
+    commit_statistics(model)                        # collective, once per step
+
+Only what runs inside `recording` counts: not a preview, not evaluation, not what activation
+checkpointing computes again during the backward pass. It works on any BatchNorm class (timm's fused
+ones too): the layer's own momentum becomes 0, so its running statistics stay put, and a hook keeps
+the statistics of each forward pass beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from memseg_dist import dist
+
+
+@dataclass
+class SlotStatistics:
+    """What one BatchNorm layer saw since the last commit.
+
+    slot: the slot that is recorded now. stream: the name of the stream that is left out now.
+    seen: slot -> the [2, C] mean and variance of each of its forward passes. left_out: stream ->
+    the number of its forward passes, over all commits.
+    """
+
+    momentum: float
+    slot: int | None = None
+    stream: str | None = None
+    seen: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def record_batchnorm(module: nn.Module) -> nn.Module:
+    """Make every BatchNorm of `module` record per slot, in place. Returns the module."""
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and not hasattr(layer, "slot_statistics"):
+            if layer.momentum is None or layer.running_mean is None:
+                raise ValueError(
+                    f"BatchNorm with momentum={layer.momentum} and "
+                    f"track_running_stats={layer.track_running_stats}: its running statistics "
+                    "cannot be kept independent of the number of workers"
+                )
+            layer.slot_statistics = SlotStatistics(layer.momentum)  # type: ignore[assignment]
+            layer.momentum = 0.0
+            layer.register_forward_pre_hook(_record)
+    return module
+
+
+def check_recorded(module: nn.Module) -> None:
+    """ValueError naming each BatchNorm whose running statistics nobody records."""
+    silent = [
+        name or "the module itself"
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm)
+        and layer.running_mean is not None
+        and not hasattr(layer, "slot_statistics")
+    ]
+    if silent:
+        raise ValueError(
+            f"BatchNorm {', '.join(silent)} of {type(module).__name__} keeps running statistics of "
+            "its own, which would depend on the number of workers; call `record_batchnorm` on it "
+            "where it is built"
+        )
+
+
+def recording(module: nn.Module, slot: int | None) -> AbstractContextManager[None]:
+    """Forward passes inside count as those of `slot`; None (an idle slot) records nothing."""
+    return _setting(module, "slot", slot)
+
+
+def leave_out(module: nn.Module, stream: str) -> AbstractContextManager[None]:
+    """Forward passes inside, while recording, are tallied as `stream` but move no statistics."""
+    return _setting(module, "stream", stream)
+
+
+def left_out(module: nn.Module) -> dict[str, int]:
+    """Stream -> how many forward passes of this rank were left out, of the layer with the most."""
+    most: Counter[str] = Counter()
+    for layer in _recording_layers(module):
+        most |= layer.slot_statistics.left_out
+    return dict(most)
+
+
+@torch.no_grad()
+def commit_statistics(module: nn.Module) -> None:
+    """Move all running statistics by the mean over every recorded forward pass. Collective.
+
+    Each pass of each slot of each rank weighs the same; they are added in (slot, pass) order.
+    """
+    layers = _recording_layers(module)
+    if not layers:
+        return
+    sums, passes = [], []
+    for layer in layers:
+        seen = layer.slot_statistics.seen
+        parts = [part for slot in sorted(seen) for part in seen[slot]]
+        zero = torch.zeros(2, layer.num_features, device=layer.running_mean.device)
+        sums.append(sum(parts, zero).flatten())
+        passes.append(float(len(parts)))
+    counts = torch.tensor(passes).to(sums[0].device, non_blocking=True)
+    flat = dist.all_reduce_sum(torch.cat([counts, *sums]))
+    totals = flat[len(layers) :].split([part.numel() for part in sums])
+    for layer, count, total in zip(layers, flat, totals):
+        old = torch.stack([layer.running_mean, layer.running_var])
+        # a layer that no slot trained (frozen, or of another source) stays as it is
+        mean = torch.where(count > 0, total.view(2, -1) / count.clamp_min(1), old)
+        layer.running_mean.lerp_(mean[0], layer.slot_statistics.momentum)
+        layer.running_var.lerp_(mean[1], layer.slot_statistics.momentum)
+        layer.num_batches_tracked.zero_()  # counts forwards, which depend on the workers
+        layer.slot_statistics.seen.clear()
+
+
+def _recording_layers(module: nn.Module) -> list[Any]:
+    return [layer for layer in module.modules() if hasattr(layer, "slot_statistics")]
+
+
+@contextmanager
+def _setting(module: nn.Module, name: str, value: int | str | None) -> Iterator[None]:
+    every = [layer.slot_statistics for layer in _recording_layers(module)]
+    before = [getattr(statistics, name) for statistics in every]
+    for statistics in every:
+        setattr(statistics, name, value)
+    try:
+        yield
+    finally:
+        for statistics, old in zip(every, before):
+            setattr(statistics, name, old)
+
+
+@torch.no_grad()
+def _record(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+    statistics: SlotStatistics = layer.slot_statistics
+    if not layer.training or statistics.slot is None:
+        return
+    if statistics.stream is not None:
+        statistics.left_out[statistics.stream] += 1
+        return
+    (input,) = arguments
+    axes = [axis for axis in range(input.ndim) if axis != 1]
+    count = input.numel() // input.shape[1]
+    variance, mean = torch.var_mean(input.float(), dim=axes, correction=0)
+    unbiased = variance * (count / max(count - 1, 1))  # what BatchNorm keeps
+    statistics.seen[statistics.slot].append(torch.stack([mean, unbiased]))

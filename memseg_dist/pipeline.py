@@ -1,0 +1,208 @@
+"""What every file in `jobs/` is run by: its command line, and its stages one after another.
+
+    @dataclass(frozen=True)
+    class Options(JobOptions):
+        \"\"\"The job's own flags.\"\"\"
+        baseline: bool = False
+
+    def stages(options: Options) -> dict[str, Stage]: ...
+    def vocabularies(options: Options) -> dict[str, Vocabulary]: ...
+
+    if __name__ == "__main__":
+        main(Options, stages, vocabularies, __doc__)
+
+Every field of every stage is a flag as well: `--steps` where there is one stage, else
+`--classifier.steps`. A job that was stopped goes on by the same command: a run from its newest
+checkpoint, pseudo labels shard by shard; an export is made again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from memseg_dist.config import LaunchConfig, RunConfig, TrackingConfig
+from memseg_dist.data.files import exists, is_url, join
+from memseg_dist.data.index import Index
+from memseg_dist.data.schema import INDEX_NAME
+from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.launch import build_mlflow, launch, provenance
+from memseg_dist.platforms.process import RunFailed
+from memseg_dist.stages import ExportConfig, LabelConfig, Stage, resolved, result_of
+from memseg_dist.tools import miniature
+from memseg_dist.tools.export import export_backbone
+from memseg_dist.tools.external import ensure_indexed
+from memseg_dist.tools.pseudo_labels import label
+from memseg_dist.train.platform import Tracker
+
+_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Options of a job. A job's own are a subclass."""
+
+    smoke: bool = False
+    """Run in seconds on two CPU cores: miniature data drawn on the spot, a tiny backbone."""
+
+    def select(self, names: Sequence[str]) -> Sequence[str]:
+        """The stages to run, of all of them in order."""
+        return names
+
+
+@dataclass(frozen=True)
+class PipelineOptions(JobOptions):
+    """Options of a job of several stages: what all of its runs share."""
+
+    name: str | None = None
+    """Name of the first run, with which those of the others begin; by default the job's."""
+    storage: str = "runs"
+    """Directory, or fsspec URL (s3://bucket/runs), that every worker can reach."""
+    seed: int = 0
+    launch: LaunchConfig = LaunchConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    start_at: str | None = None
+    """The first of the stages to run; those before it must have been run."""
+    until: str | None = None
+    """The last of the stages to run."""
+
+    def run(self, name: str, **fields: Any) -> RunConfig:
+        """A run with what all of them share."""
+        shared = {key: getattr(self, key) for key in ("storage", "seed", "launch", "tracking")}
+        return RunConfig(name=name, **shared, **fields)
+
+    def select(self, names: Sequence[str]) -> Sequence[str]:
+        for flag, name in (("start-at", self.start_at), ("until", self.until)):
+            if name not in (None, *names):
+                raise ValueError(f"--{flag} {name}: there is no such stage; choose of {[*names]}")
+        first, last = names.index(self.start_at or names[0]), names.index(self.until or names[-1])
+        if first > last:
+            raise ValueError(f"--start-at {self.start_at} comes after --until {self.until}")
+        return names[first : last + 1]
+
+
+Options = TypeVar("Options", bound=JobOptions)
+
+
+def main(
+    kind: type[Options],
+    stages: Callable[[Options], Mapping[str, Stage]],
+    vocabularies: Callable[[Options], Mapping[str, Vocabulary]],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Run the stages that the command line asks for.
+
+    Exit status 0 when done or stopped, 1 with one readable message, 2 for a wrong command line.
+    kind: the job's options. vocabularies: the classes of every source and validation set, by name,
+    which `--smoke` draws. arguments: by default those of the process.
+    """
+    try:
+        options, described = parse(kind, stages, description, arguments)
+        selected = options.select([*described])
+        if options.smoke:
+            miniature.draw(described, vocabularies(options))
+        run_stages(described, selected, may_be_unknown=options.smoke)
+    except (ValueError, RunFailed) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(
+    kind: type[Options],
+    stages: Callable[[Options], Mapping[str, Stage]],
+    description: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> tuple[Options, dict[str, Stage]]:
+    """The options, and the stages that follow from them as their own flags change them."""
+    options, _ = tyro.cli(
+        kind, args=arguments, config=_MARKERS, return_unknown_args=True, add_help=False
+    )
+    described = stages(options)
+    if options.smoke:
+        described = miniature.shrunk(described)
+    bare = tyro.conf.arg(name="")
+    fields: list[tuple[str, Any, Any]] = [("options", Annotated[kind, bare], options)]
+    for name, stage in described.items():
+        stage_kind: Any = type(stage)
+        fields.append(
+            (name, Annotated[stage_kind, bare] if len(described) == 1 else stage_kind, stage)
+        )
+    command = make_dataclass("command", fields)
+    parsed: Any = tyro.cli(command, args=arguments, description=description, config=_MARKERS)
+    return options, {name: getattr(parsed, name) for name in described}
+
+
+def run_stages(
+    stages: Mapping[str, Stage],
+    selected: Sequence[str] | None = None,
+    *,
+    may_be_unknown: bool = False,
+) -> None:
+    """Run the stages, or those that are selected of them, until one of them is stopped.
+
+    What can fail early fails before the first one: ValueError. may_be_unknown: go on with pseudo
+    labels that say nothing.
+    """
+    stages = resolved(stages)
+    names = [*stages] if selected is None else selected
+    for name in names:
+        check_stage(name, stages)
+    for number, name in enumerate(names, 1):
+        stage = stages[name]
+        if len(stages) > 1:
+            print(f"stage {number} of {len(names)}: {name}", flush=True)
+        if isinstance(stage, RunConfig):
+            if launch(stage)["status"] != "finished":
+                return
+        elif isinstance(stage, LabelConfig):
+            run_labels(stage, stages, may_be_unknown)
+        else:
+            export_backbone(stage)
+            print(f"backbone    {stage.out}", flush=True)
+
+
+def check_stage(name: str, stages: Mapping[str, Stage]) -> None:
+    """ValueError for what would be found out only after the days of the stages before."""
+    stage = stages[name]
+    if isinstance(stage, RunConfig):
+        return
+    if is_url(stage.out):
+        raise ValueError(
+            f"stage {name!r} writes to {stage.out}, which is a URL; give --{name}.out a folder "
+            "that every worker can reach, or stop before it with --until"
+        )
+    if isinstance(stage, ExportConfig):
+        return
+    if stage.truth is not None and not exists(join(stage.truth, INDEX_NAME)):
+        raise ValueError(
+            f"stage {name!r}: truth {stage.truth} has no shards to score the pseudo labels "
+            "against; write them with the recipe, or name others"
+        )
+    if stage.data not in map(result_of, stages.values()):  # else it is not written yet
+        ensure_indexed([stage.data])
+        stage.labeller.check_data(Index.open(stage.data).key(0))
+
+
+def run_labels(stage: LabelConfig, stages: Mapping[str, Stage], may_be_unknown: bool) -> None:
+    """Write pseudo labels; the MLflow run of the stage whose weights they are of goes on."""
+    runs = [run for run in stages.values() if isinstance(run, RunConfig)]
+    tracked = [run for run in runs if run.tracking.kind == "mlflow"]
+    tracker: Tracker = Tracker()
+    for run in (run for run in tracked if run.directory == stage.checkpoint):
+        tracker = build_mlflow(run, provenance())
+    try:
+        report = label(stage, tracker)
+    except BaseException:
+        tracker.finish("failed")
+        raise
+    tracker.finish("finished")
+    print(report, flush=True)
+    if report.share_unknown == 1 and not may_be_unknown:
+        raise ValueError(
+            f"every pixel of the pseudo labels in {stage.out} is unknown: there is nothing to "
+            "train on; train what they are of for longer, or look at OUT/panels"
+        )

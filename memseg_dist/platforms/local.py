@@ -1,0 +1,178 @@
+"""Workers as plain processes of this machine, joined in one group. No restarts, no other machines.
+
+    result = run(worker, config_json, workers=2, use_gpu=None)
+
+One worker runs in this process. The workers of a larger group die with the process that started
+them, even if that is killed, and with each other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import connection, parent_process
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as mp
+
+from memseg_dist import dist
+from memseg_dist.platforms import process
+from memseg_dist.platforms.process import Failure, RunFailed
+from memseg_dist.train.platform import Context
+
+Worker = Callable[[str, Context], dict[str, Any]]
+
+GRACE_S = 2.0
+"""How long the other workers' errors are collected after the first."""
+
+
+class LocalContext:
+    """A worker's view of its group; SIGTERM asks it to leave."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self._asked = threading.Event()
+
+    def ask_to_stop(self) -> None:
+        self._asked.set()
+
+    def report(self, metrics: Mapping[str, float], checkpoint: str | None = None) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return bool(dist.all_reduce_sum(torch.tensor(int(self._asked.is_set()))) > 0)
+
+
+def run(worker: Worker, config_json: str, workers: int, use_gpu: bool | None = None) -> dict:
+    """worker(config_json, context) on `workers` processes; what rank 0 returned.
+
+    RunFailed carries the text of the error that came first. One worker's own error passes through.
+    """
+    gpu = process.has_gpu(use_gpu)
+    if gpu and workers > torch.cuda.device_count():
+        raise ValueError(
+            f"launch.workers {workers} is more than the {torch.cuda.device_count()} GPUs of this "
+            "machine; use fewer workers, or a Ray cluster (--launch.launcher ray)"
+        )
+    if workers > 1:
+        return _run_group(worker, config_json, workers, gpu)
+    process.set_environment(0, 1, 0, 1, gpu)
+    process.join_group_of_one(gpu)
+    context = LocalContext(0, 1, _device(0, gpu))
+    with _on_sigterm(context.ask_to_stop):
+        return worker(config_json, context)
+
+
+@contextmanager
+def _on_sigterm(action: Callable[[], Any]) -> Iterator[None]:
+    """SIGTERM calls `action` inside; a thread other than the main one cannot set that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool) -> dict:
+    context = mp.get_context("spawn")
+    store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes: list[Any] = []
+    pipes: list[Connection] = []
+    try:
+        for rank in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (worker, config_json, rank, workers, store.port, gpu, theirs)
+            child = context.Process(target=_serve, args=arguments, name=f"memseg-{rank}")
+            child.start()
+            theirs.close()
+            processes.append(child)
+            pipes.append(ours)
+        with _on_sigterm(lambda: [child.terminate() for child in processes]):
+            return _first_result(processes, pipes)
+    finally:
+        for child in processes:
+            child.kill()
+            child.join()
+            child.close()
+
+
+def _first_result(processes: list, pipes: list[Connection]) -> dict:
+    """Rank 0's result once every worker has given one. RunFailed as soon as one does not."""
+    outcomes: dict[int, dict | Failure] = {}
+    failures: dict[int, Failure] = {}
+    waiting = list(pipes)
+    while waiting:
+        ready: list[Any] = connection.wait(waiting, timeout=GRACE_S if failures else None)
+        if failures and not ready:
+            break
+        for pipe in ready:
+            waiting.remove(pipe)
+            rank = pipes.index(pipe)
+            try:
+                outcomes[rank] = pipe.recv()
+            except EOFError:
+                processes[rank].join()
+                outcomes[rank] = _death(processes[rank].exitcode)
+        failures = {rank: end for rank, end in outcomes.items() if isinstance(end, Failure)}
+    if failures:
+        raise RunFailed(process.summary_of(failures))
+    return outcomes[0]  # type: ignore[return-value]
+
+
+def _serve(
+    worker: Worker, config_json: str, rank: int, size: int, port: int, gpu: bool, pipe: Connection
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    process.set_environment(rank, size, rank, size, gpu)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    context = LocalContext(rank, size, _device(rank, gpu))
+    try:
+        with _on_sigterm(context.ask_to_stop):
+            store = torch_dist.TCPStore("127.0.0.1", port, is_master=False)
+            torch_dist.init_process_group(
+                process.backend(gpu),
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(minutes=30),
+            )
+            outcome: dict | Failure = worker(config_json, context)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the parent is to tell the user
+        outcome = Failure.of(error)
+    pipe.send(outcome)
+    if isinstance(outcome, Failure):
+        os._exit(1)  # without waiting for peers that wait for us
+    process.leave_group()
+
+
+def _device(local_rank: int, gpu: bool) -> torch.device:
+    if not gpu:
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _die_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _death(exit_code: int | None) -> Failure:
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = "; was the machine out of memory?" if -exit_code == signal.SIGKILL else ""
+        return Failure(f"killed by {name}{hint}", died=True)
+    return Failure(f"exited with code {exit_code} and no message", died=True)

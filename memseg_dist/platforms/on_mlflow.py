@@ -1,0 +1,278 @@
+"""MLflow: one run per training run, written by rank 0 from a thread of its own.
+
+The run's id lies in the training run's storage (`mlflow_run.json`) and is taken up after a restart.
+Steps that a restart repeats are not written twice. Training never waits for the tracking server nor
+stops for it: what could not be written is counted, and reported at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from memseg_dist.data.files import exists, read_bytes
+from memseg_dist.train.platform import Tracker
+from memseg_dist.train.storage import read_json
+
+RUN_FILE = "mlflow_run.json"
+MAX_PENDING = 10_000
+"""Entries that wait to be written; further ones are dropped and counted."""
+MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_KEY = 1000, 100, 6000, 250
+"""MLflow's limits: per call, and in characters."""
+ATTEMPTS, PAUSE_S = 3, 5.0
+FINISH_S = 60.0
+"""How long `finish` waits for what is pending."""
+
+Row = tuple[str, float, int, int]
+"""Key, value, time in ms, step."""
+
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_BAD_CHARACTERS = re.compile(r"[^\w\-. /:]")
+
+
+class MlflowTracker(Tracker):
+    """See `train.platform.Tracker`.
+
+    directory: the training run's storage, a directory or fsspec URL. uri: MLflow tracking URI.
+    artifacts: where a new experiment keeps its files; None leaves it to the server.
+    tags: written once the run is open (git commit, ...). history: file of the run's figures, JSON
+    lines with "step"; what a killed process had not written yet is taken from it.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        artifacts: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        history: str | None = None,
+        system_metrics: bool = True,
+    ) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        import mlflow  # here, not in the thread: another one may be importing it
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self._mlflow = mlflow
+        self._uri, self._experiment, self._run_name = uri, experiment, run_name
+        self._run_file = f"{directory.rstrip('/')}/{RUN_FILE}"
+        self._artifacts, self._tags = artifacts, dict(tags or {})
+        self._history, self._wants_system_metrics = history, system_metrics
+        self._monitor: Any = None
+        self._client: Any = None
+        self._written: dict[str, int] = {}
+        self._images: set[tuple[str, int] | None] = set()
+        self._pending: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_PENDING)
+        self._metrics: list[Row] = []
+        self._flush_waits = False
+        self._lock = threading.Lock()
+        self._hurry = threading.Event()
+        self.run_id: str | None = None
+        self.num_failures = 0
+        self.num_dropped = 0
+        self.last_error = ""
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    # called by the training loop
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        self._put(lambda: self._write_params(params))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        rows = [(_key(name), float(value), now, step) for name, value in metrics.items()]
+        with self._lock:
+            self._metrics += rows
+            excess = len(self._metrics) - MAX_PENDING
+            if excess > 0:
+                del self._metrics[:excess]
+                self.num_dropped += excess
+            is_waiting, self._flush_waits = self._flush_waits, True
+        if not is_waiting:
+            self._put(self._flush)
+
+    def log_image(self, name: str, image: np.ndarray, step: int) -> None:
+        key = _key(name)
+
+        def write() -> None:
+            if (key, step) not in self._images:
+                self._client.log_image(self.run_id, image, key=key, step=step)
+
+        self._put(write)
+
+    def log_text(self, name: str, text: str) -> None:
+        self._put(lambda: self._client.log_text(self.run_id, text, name))
+
+    def finish(self, status: str) -> None:
+        self._put(self._flush)
+        self._put(lambda: self._close(_STATUS[status]))
+        self._hurry.set()
+        try:
+            self._pending.put(None, timeout=FINISH_S)
+            self._thread.join(FINISH_S)
+        except queue.Full:
+            pass
+        if self._thread.is_alive():
+            self.num_dropped += self._pending.qsize()
+            self.last_error = self.last_error or f"no answer from {self._uri}"
+        if self.num_failures or self.num_dropped:
+            print(
+                f"tracking: {self.num_failures} calls to {self._uri} failed and "
+                f"{self.num_dropped} entries were dropped; training was not affected. "
+                f"Last error: {self.last_error}",
+                flush=True,
+            )
+
+    # in the thread
+
+    def _put(self, call: Callable[[], None]) -> None:
+        try:
+            self._pending.put_nowait(call)
+        except queue.Full:
+            self.num_dropped += 1
+
+    def _work(self) -> None:
+        self._repeat(self._open, attempts=None)
+        while (call := self._pending.get()) is not None:
+            if self.run_id is None or not self._repeat(call, ATTEMPTS):
+                self.num_dropped += 1
+
+    def _repeat(self, call: Callable[[], None], attempts: int | None) -> bool:
+        """Whether one of so many attempts succeeded; None: attempts until `finish` is called."""
+        for attempt in itertools.count(1):
+            if self._attempt(call):
+                break
+            if attempt == attempts or self._hurry.is_set():
+                return False
+            self._hurry.wait(PAUSE_S)
+        return True
+
+    def _attempt(self, call: Callable[[], None]) -> bool:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - whatever a tracking store raises is only counted
+            self.num_failures += 1
+            self.last_error = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            if self.num_failures == 1:
+                print(f"tracking: {self._uri}: {self.last_error}; training goes on", flush=True)
+            return False
+        return True
+
+    def _open(self) -> None:
+        """The run of `mlflow_run.json`, or a new one whose id is written there."""
+        self._client = self._mlflow.MlflowClient(tracking_uri=self._uri)
+        run_id = self._stored_run_id()
+        if run_id is None:
+            run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
+            run_id = run.info.run_id
+            with fsspec.open(self._run_file, "w", auto_mkdir=True) as file:
+                json.dump({"run_id": run_id, "tracking_uri": self._uri}, file)
+        else:
+            run = self._client.get_run(run_id)
+            self._client.update_run(run_id, status="RUNNING")
+            for metric in run.data._metric_objs:  # the last step of each; a history can be huge
+                self._written[metric.key] = metric.step
+            names = (item.path for item in self._client.list_artifacts(run_id, "images"))
+            self._images = {_key_and_step(name) for name in names}
+        for key, value in self._tags.items():
+            self._client.set_tag(run_id, key, value)
+        self.run_id = run_id
+        if self._history is not None:
+            self._write_rows(_read_history(self._history))
+        if self._wants_system_metrics:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(
+                run_id, resume_logging=True, tracking_uri=self._uri
+            )
+            self._monitor.start()
+
+    def _stored_run_id(self) -> str | None:
+        """None also when the file is of another tracking server."""
+        if not exists(self._run_file):
+            return None
+        entry = read_json(self._run_file)
+        return entry["run_id"] if entry["tracking_uri"] == self._uri else None
+
+    def _experiment_id(self) -> str:
+        known = self._client.get_experiment_by_name(self._experiment)
+        if known is not None:
+            return known.experiment_id
+        return self._client.create_experiment(self._experiment, artifact_location=self._artifacts)
+
+    def _flush(self) -> None:
+        """Everything that is pending; kept if that fails."""
+        with self._lock:
+            rows, self._metrics, self._flush_waits = self._metrics, [], False
+        try:
+            self._write_rows(rows)
+        except BaseException:
+            with self._lock:
+                self._metrics = rows + self._metrics
+            raise
+
+    def _write_rows(self, rows: list[Row]) -> None:
+        """All but those at or before the step that their key already has."""
+        from mlflow.entities import Metric
+
+        new = [row for row in rows if row[3] > self._written.get(row[0], -1)]
+        for start in range(0, len(new), MAX_METRICS):
+            part = new[start : start + MAX_METRICS]
+            self._client.log_batch(self.run_id, metrics=[Metric(*row) for row in part])
+            self._written.update({key: step for key, _, _, step in part})
+
+    def _write_params(self, params: Mapping[str, str]) -> None:
+        """MLflow's parameters are written once; what a restart changed becomes a tag."""
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self.run_id).data.params
+        params = {_key(name): str(value)[:MAX_VALUE] for name, value in params.items()}
+        new = [Param(name, value) for name, value in params.items() if name not in known]
+        for start in range(0, len(new), MAX_PARAMS):
+            self._client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
+        for name, value in params.items():
+            if known.get(name, value) != value:
+                self._client.set_tag(self.run_id, f"resumed.{name}", f"{known[name]} -> {value}")
+
+    def _close(self, status: str) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+        self._client.set_terminated(self.run_id, status)
+
+
+def _read_history(path: str) -> list[Row]:
+    """The rows of a file of figures; a line that a kill cut short is left out."""
+    if not exists(path):
+        return []
+    now, rows = int(time.time() * 1000), []
+    for line in read_bytes(path).decode().splitlines(keepends=True):
+        if line.endswith("\n"):
+            figures = json.loads(line)
+            step = figures.pop("step")
+            rows += [(_key(name), float(value), now, step) for name, value in figures.items()]
+    return rows
+
+
+def _key(name: str) -> str:
+    return _BAD_CHARACTERS.sub("_", name)[:MAX_KEY]
+
+
+def _key_and_step(path: str) -> tuple[str, int] | None:
+    """MLflow calls the image of key a/b at step 7 images/a~b+step+7+..., once a#b%step%7%..."""
+    match = re.match(r"images/(.+?)[+%]step[+%](\d+)", path)
+    return (re.sub("[~#]", "/", match[1]), int(match[2])) if match else None

@@ -1,0 +1,210 @@
+"""Workers on a Ray cluster: Ray Train V2 starts them, watches them and restarts them.
+
+    result = run(worker, config_json, config)
+
+The cluster is the one that `launch.address` or RAY_ADDRESS names (`ray job submit` sets it), else
+one is started on this machine. A group that fails starts again, with as many workers as
+`launch.workers` allows and the cluster has, from the run's own newest checkpoint; Ray keeps no copy
+of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, get_device
+from ray.train.v2._internal import constants
+from ray.train.v2.api import config as ray_config
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from memseg_dist.config import LaunchConfig, RunConfig
+from memseg_dist.platforms import process
+from memseg_dist.platforms.process import Failure, RunFailed, WorkerError
+from memseg_dist.train.platform import Context
+
+Worker = Callable[[str, Context], dict[str, Any]]
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TEARDOWN_S = 600.0
+"""How long a worker that was told to leave waits for Ray to take it down."""
+
+
+class RayContext:
+    """A worker's view of its Ray Train group."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.size = context.get_world_rank(), context.get_world_size()
+        self.device: torch.device = get_device()
+        self.preempted = False
+
+    def report(self, metrics: Mapping[str, float], checkpoint: str | None = None) -> None:
+        """Ray sees the figures and where the checkpoint lies; it uploads nothing."""
+        entry = {} if checkpoint is None else {"checkpoint_path": checkpoint}
+        ray.train.report({**metrics, **entry})
+
+    def should_stop(self) -> bool:
+        self.preempted = ray.train.get_preemption_info() is not None
+        return self.preempted
+
+
+def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
+    """worker(config_json, context) on every worker of the group; what rank 0 returned.
+
+    RunFailed when the group failed for good, with the text of the worker's error that caused it.
+    """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice
+    connect(config.launch)
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    gpu = has_gpus if config.launch.use_gpu is None else config.launch.use_gpu
+    low, high = config.launch.workers_range
+    _warn_if_small(config.launch, low, gpu)
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={"worker": worker, "config_json": config_json, "gpu": gpu},
+        torch_config=TorchConfig(backend=process.backend(gpu)),
+        scaling_config=ray_config.ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=gpu,
+            resources_per_worker=_resources(config.launch, gpu),
+        ),
+        run_config=ray_config.RunConfig(
+            name="ray",
+            storage_path=config.directory,
+            failure_config=ray_config.FailureConfig(max_failures=config.launch.max_failures),
+            worker_runtime_env={"env_vars": _environment(config.launch)},
+            logging_config=ray_config.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        with _helpers_find_this_cluster():
+            result: Any = trainer.fit()
+    except TrainingFailedError as error:
+        raise RunFailed(_text_of(error)) from None
+    return json.loads(result.return_value)
+
+
+@contextmanager
+def _helpers_find_this_cluster() -> Iterator[None]:
+    """Names the cluster to Ray Train's helper actors, which look for one by themselves.
+
+    Where several clusters run on a machine they find none, or another, and wait for minutes.
+    """
+    constants.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
+
+
+def connect(launch: LaunchConfig) -> None:
+    """Joins the named cluster, or starts one here that is large enough for the run."""
+    if ray.is_initialized():
+        return
+    address = launch.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        cpus = max(os.cpu_count() or 1, launch.workers_range[1] * launch.cpus_per_worker)
+        ray.init(address="local", num_cpus=cpus)
+        return
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    # a job brings its working directory; otherwise other machines get this very package
+    ray.init(address=address, runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]})
+
+
+def _run_worker(arguments: dict[str, Any]) -> str:
+    """The loop of one Ray worker: what rank 0 returned, as JSON."""
+    context = RayContext()
+    ray_context = ray.train.get_context()
+    process.set_environment(
+        context.rank,
+        context.size,
+        ray_context.get_local_rank(),
+        ray_context.get_local_world_size(),
+        arguments["gpu"],
+    )
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it logs each traceback in full,
+    logging.getLogger().setLevel(logging.WARNING)  # and every report
+    try:
+        result = arguments["worker"](arguments["config_json"], context)
+    except Exception as error:  # noqa: BLE001 - any error is to reach the driver in short
+        failure = Failure.of(error)
+        print(f"worker {context.rank}: {failure.text}", file=sys.stderr, flush=True)
+        raise WorkerError(failure.text, failure.details) from None
+    if context.preempted:
+        _await_teardown()
+    return json.dumps(result)
+
+
+def _await_teardown() -> None:
+    """Returning would tell Ray that the run is complete; a preempted one is to be started again."""
+    deadline = time.monotonic() + TEARDOWN_S
+    while time.monotonic() < deadline:
+        time.sleep(1)
+    raise RuntimeError(
+        f"this worker was told that its machine is about to go, saved a checkpoint, and is still "
+        f"here {TEARDOWN_S:.0f} s later"
+    )
+
+
+def _environment(launch: LaunchConfig) -> dict[str, str]:
+    """Workers import this package whether it is installed or lies in the working directory."""
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": str(launch.cpus_per_worker),
+    }
+
+
+def _resources(launch: LaunchConfig, gpu: bool) -> dict[str, float]:
+    return {"CPU": launch.cpus_per_worker, **({"GPU": 1} if gpu else {})}
+
+
+def _warn_if_small(launch: LaunchConfig, workers: int, gpu: bool) -> None:
+    have = ray.cluster_resources()
+    room = min(
+        math.floor(have.get(name, 0) / amount) for name, amount in _resources(launch, gpu).items()
+    )
+    if room < workers:
+        kind = "GPU" if gpu else "CPU"
+        print(
+            f"the cluster has room for {room} of {workers} workers "
+            f"({have.get(kind, 0):g} {kind}s); waiting for it to grow",
+            flush=True,
+        )
+
+
+def _text_of(error: TrainingFailedError) -> str:
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
+        return str(error)
+    return process.summary_of(
+        {rank: _failure_of(failure) for rank, failure in error.worker_failures.items()}
+    )
+
+
+def _failure_of(error: Exception) -> Failure:
+    kind = type(error).__name__
+    if kind == "UserExceptionWithTraceback":
+        text = str(error).strip()
+        last = text.splitlines()[-1] if text else kind
+        return Failure(last, text)
+    if kind == "WorkerHealthCheckFailedError":
+        return Failure("died (killed, its machine lost, or out of memory)", died=True)
+    return Failure.of(error)

@@ -1,0 +1,212 @@
+"""Indexing WebDataset shards that others made: KEY.jpg|png|webp with KEY.cls or KEY.json.
+
+Labels come from `.cls` (an integer) or from `.json`: {"labels": [...]}, {"label": ...},
+{"cls": ...}, a list or a single value; each is a local id or a uid of the vocabulary. A
+`.mask.png` in our form is used; pickle members are refused; members of other kinds are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+
+from memseg_dist.data import files
+from memseg_dist.data.decode import (
+    IMAGE_FORMATS,
+    MASK_EXTENSION,
+    MASK_IGNORE,
+    PICKLE_EXTENSIONS,
+    decode_json,
+    decode_mask,
+)
+from memseg_dist.data.index import external_index_folder
+from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME, arrow_schema
+from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.tools.shards import sample_row, write_parquet
+
+
+def index_external(
+    shards: str | Path | Sequence[str | Path],
+    vocabulary: Vocabulary | None = None,
+    into: str | Path | None = None,
+) -> Path:
+    """Write `index.parquet` and `vocabulary.json` for tars without one; the index's path.
+
+    shards: a folder or URL that holds `*.tar`, or a list of tars in one folder. into: where to
+    write, the shards' own folder by default; an index elsewhere names them by their whole paths.
+    Without a vocabulary (nor a `vocabulary.json` there) classes get uids of the folder's name and
+    their number.
+    """
+    root, names = _root_and_names(shards)
+    if not names:
+        raise ValueError(f"{root}: no {INDEX_NAME} and no *.tar in it; check the path")
+    if vocabulary is None and files.exists(files.join(root, VOCABULARY_NAME)):
+        vocabulary = Vocabulary.load(files.join(root, VOCABULARY_NAME))
+    folder = files.make_folder(root if into is None else into)
+    local = files.local_path(root)
+    if local is None or folder.resolve() != local.resolve():
+        whole = root if local is None else str(local.resolve())
+        names = [files.join(whole, name) for name in names]
+    highest = -1
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal highest
+        for name in names:
+            rows = _scan(files.join(root, name), name, vocabulary)
+            highest = max([highest, *(label for row in rows for label in row["labels"])])
+            yield pa.Table.from_pylist(rows, schema=arrow_schema())
+        named = vocabulary or _numbered(Path(root).name, highest + 1)
+        named.save(folder / VOCABULARY_NAME)  # before the index, whose presence says: all is there
+
+    write_parquet(folder / INDEX_NAME, tables())
+    return folder / INDEX_NAME
+
+
+def ensure_indexed(paths: Iterable[str | Path], cache_dir: str | Path | None = None) -> None:
+    """Index those of the folders or URLs `paths` that hold shards of others and no index yet.
+
+    The index goes into the folder if that can be written to, else into the cache, where
+    `Index.open` looks for it. Safe when many processes come at once: one works, the others wait.
+    ValueError for a path that is no data set, or a shard that cannot be used.
+    """
+    cache = files.make_folder(Path(cache_dir or files.default_cache()) / "index")
+    for path in paths:
+        root = files.absolute(path)
+        if files.exists(files.join(root, INDEX_NAME)):
+            continue
+        local = files.local_path(root)
+        if local is not None and not local.is_dir():
+            raise ValueError(f"no data set at {root}: there is no such folder; check the path")
+        in_cache = external_index_folder(root, cache)
+        writable = local is not None and os.access(local, os.W_OK)
+        folder = local if local is not None and writable else in_cache
+        with files.locked(in_cache.with_suffix(".lock")):
+            if not (folder / INDEX_NAME).exists():
+                index_external(root, into=folder)
+
+
+def _root_and_names(shards: str | Path | Sequence[str | Path]) -> tuple[str, list[str]]:
+    if not isinstance(shards, (str, Path)):
+        paths = sorted(files.check_path(shard) for shard in shards)
+        roots = {path.rpartition("/")[0] for path in paths}
+        if len(roots) != 1:
+            raise ValueError(
+                f"shards lie in {len(roots)} folders: {sorted(roots)}; give one folder"
+            )
+        return roots.pop() or ".", [path.rpartition("/")[2] for path in paths]
+    root = files.check_path(shards)
+    local = files.local_path(root)
+    if local is not None:
+        return str(local), sorted(str(path.relative_to(local)) for path in local.rglob("*.tar"))
+    filesystem, remote = fsspec.core.url_to_fs(root)
+    found = filesystem.glob(f"{remote.rstrip('/')}/*.tar")
+    return root, sorted(str(path).rpartition("/")[2] for path in found)
+
+
+def _numbered(name: str, num_classes: int) -> Vocabulary:
+    return Vocabulary(
+        tuple(Category(f"{name}/{number}", f"{name} {number}") for number in range(num_classes))
+    )
+
+
+def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> list[dict[str, Any]]:
+    rows = []
+    with fsspec.open(path, "rb") as stream:
+        for key, members in read_members(stream, path):
+            try:
+                row = index_row(members, vocabulary)
+            except ValueError as error:
+                raise ValueError(f"shard {path}, sample {key!r}: {error}") from error
+            if row is not None:
+                rows.append({**row, "key": key, "shard": name})
+    if not rows:
+        raise ValueError(f"shard {path}: no image member ({sorted(IMAGE_FORMATS)}) in it")
+    return rows
+
+
+Members = dict[str, tuple[int, bytes]]
+
+
+def read_members(stream: IO[bytes], path: str) -> Iterator[tuple[str, Members]]:
+    """(key, extension -> (offset, content)) for each run of members that share a key.
+
+    ValueError, naming the shard, if it is cut short or holds a pickle.
+    """
+    key, members = "", Members()
+    wanted = {*IMAGE_FORMATS, MASK_EXTENSION, "cls", "json"}
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                extension = extension.lower()
+                if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
+                    raise ValueError(
+                        f"shard {path}: member {member.name} is a pickle, which can run code when "
+                        "read; refused. Write the shards without it (images, masks as PNG, labels "
+                        "as JSON)"
+                    )
+                if not member.isfile() or extension not in wanted:
+                    continue
+                this = f"{folder}/{stem}" if folder else stem
+                if this != key and members:
+                    yield key, members
+                    members = {}
+                key = this
+                content = tar.extractfile(member)
+                assert content is not None
+                members[extension] = (member.offset_data, content.read())
+                if len(members[extension][1]) != member.size:
+                    raise tarfile.ReadError(f"member {member.name} is incomplete")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(
+            f"shard {path} is cut short or not a plain tar ({error}); copy or write it again"
+        ) from error
+    if members:
+        yield key, members
+
+
+def index_row(members: Members, vocabulary: Vocabulary | None) -> dict[str, Any] | None:
+    """What the index says of a sample, but for its key and shard; None if it has no image.
+
+    ValueError for a label outside the vocabulary or a mask of another size than the image.
+    """
+    image_format = next((extension for extension in members if extension in IMAGE_FORMATS), None)
+    if image_format is None:
+        return None
+    labels = [_class_id(value, vocabulary) for value in _labels(members)]
+    offset, image = members[image_format]
+    places = {"image_offset": offset, "image_size": len(image)}
+    mask = None
+    if MASK_EXTENSION in members:
+        offset, content = members[MASK_EXTENSION]
+        places |= {"mask_offset": offset, "mask_size": len(content)}
+        mask = decode_mask(content).numpy().astype(np.uint16)  # IGNORE is MASK_IGNORE again
+    num_classes = MASK_IGNORE if vocabulary is None else len(vocabulary)
+    return sample_row(image, image_format, mask, labels, num_classes) | places
+
+
+def _labels(members: Members) -> list[Any]:
+    value: Any = []
+    if "json" in members:
+        value = decode_json(members["json"][1])
+        if isinstance(value, Mapping):
+            value = next((value[name] for name in ("labels", "label", "cls") if name in value), [])
+    elif "cls" in members:
+        value = decode_json(members["cls"][1])
+    return value if isinstance(value, list) else [value]
+
+
+def _class_id(value: Any, vocabulary: Vocabulary | None) -> int:
+    if isinstance(value, str) and vocabulary is not None and value in vocabulary:
+        return vocabulary.index(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"label {value!r} is neither a class number nor a known uid")
+    return value

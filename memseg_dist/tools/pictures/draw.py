@@ -1,0 +1,152 @@
+"""What a run shows of itself: panels of a few validation images, and charts of its memories.
+
+matplotlib's canvas is used directly: nothing global is set, and no display is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memseg_dist.batch import IGNORE
+from memseg_dist.config import ValidationConfig
+from memseg_dist.evaluation.evaluate import EvaluationImages, to_evaluated
+from memseg_dist.evaluation.metrics import EvaluatedClass
+from memseg_dist.evaluation.sliding import SLIDE, Inference, segment
+from memseg_dist.methods.method import Method, evaluation_mode
+from memseg_dist.nn.resize import upsample_positions
+from memseg_dist.tools.pictures.panels import Pixels, panel
+
+SEARCHED_PER_PANEL = 25
+"""How many images are looked at, per panel wanted, for one that shows a novel class."""
+MAX_BARS = 128
+"""A chart of more figures is a histogram."""
+
+
+@dataclass(frozen=True)
+class DrawnPanel:
+    """`image`: uint8 [H, W, 3]; `focus`: the class whose maps are shown."""
+
+    key: str
+    focus: EvaluatedClass
+    image: Pixels
+
+
+def draw_validation(
+    method: Method,
+    dataset: EvaluationImages,
+    classes: Sequence[EvaluatedClass],
+    settings: ValidationConfig,
+    device: torch.device,
+    charts: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Pixels]]:
+    """The pictures of one evaluation by name: a run's `train.validate.Draw`."""
+    inference = Inference(settings.mode, window=settings.window, stride=settings.stride)
+    panels = draw_panels(method, dataset, classes, settings.num_panels, device, inference)
+    for number, drawn in enumerate(panels):
+        yield f"panels/{number:02d}", drawn.image
+    for name, values in charts.items():
+        yield f"charts/{name}", draw_chart(name, values.numpy())
+
+
+def draw_panels(
+    method: Method,
+    dataset: EvaluationImages,
+    classes: Sequence[EvaluatedClass],
+    num_panels: int,
+    device: torch.device | str,
+    inference: Inference = SLIDE,
+) -> list[DrawnPanel]:
+    """image | truth | prediction | maps of the same images each time. No collective: rank 0's.
+
+    Images that show a novel class come first, each with another novel class in focus as far as
+    there are enough; without novel classes the first images, with their largest class in focus.
+    """
+    ids = torch.tensor([item.class_id for item in classes], device=device)
+    drawn = []
+    with evaluation_mode(method):
+        for index, focus in choose_images(dataset, classes, num_panels):
+            image, truth, key, _ = dataset[index]
+            target = to_evaluated(truth.to(device), ids)
+            image = image.to(device)
+            size = (image.shape[-2], image.shape[-1])
+            prediction = segment(method.predict, image, ids, inference)
+            small = F.interpolate(target[None, None].double(), size, mode="nearest")[0, 0].long()
+            maps = method.maps(image[None], [classes[focus].class_id])
+            picture = panel(
+                image.permute(1, 2, 0).cpu().numpy(),
+                small.cpu().numpy(),
+                prediction.cpu().numpy(),
+                {
+                    f"{name}: {classes[focus].name}": upsample_positions(low, size)[0].cpu().numpy()
+                    for name, low in maps.items()
+                },
+                [item.name for item in classes],
+            )
+            drawn.append(DrawnPanel(key, classes[focus], picture))
+    return drawn
+
+
+def choose_images(
+    dataset: EvaluationImages, classes: Sequence[EvaluatedClass], num_panels: int
+) -> list[tuple[int, int]]:
+    """(image, class in focus) pairs: indices into `dataset` and `classes`. Deterministic."""
+    ids = torch.tensor([item.class_id for item in classes])
+    novel = {index for index, item in enumerate(classes) if item.group == "novel"}
+    fresh: list[tuple[int, int]] = []
+    repeated: list[tuple[int, int]] = []
+    plain: list[tuple[int, int]] = []
+    for index in range(min(len(dataset), num_panels * SEARCHED_PER_PANEL)):
+        if len(fresh) >= num_panels:
+            break
+        shown = _largest_first(to_evaluated(dataset[index][1], ids))
+        shown_novel = [class_index for class_index in shown if class_index in novel]
+        unseen = [item for item in shown_novel if item not in {focus for _, focus in fresh}]
+        if unseen:
+            fresh.append((index, unseen[0]))
+        elif shown_novel:
+            repeated.append((index, shown_novel[0]))
+        elif shown:
+            plain.append((index, shown[0]))
+    return [*fresh, *repeated, *plain][:num_panels]
+
+
+def _largest_first(truth: Tensor) -> list[int]:
+    """The classes present, by pixels."""
+    values, counts = truth[truth != IGNORE].unique(return_counts=True)
+    return values[counts.argsort(descending=True, stable=True)].tolist()
+
+
+def draw_chart(title: str, values: NDArray[np.floating]) -> Pixels:
+    """`values` [n] as bars in their order, or beyond MAX_BARS of them as a histogram.
+
+    Returns uint8 [300, 800, 3]. Values that are not finite are left out and counted in the title.
+    ValueError if `values` has more than one axis.
+    """
+    if values.ndim != 1:
+        raise ValueError(f"chart '{title}' has values of shape {values.shape}; it must be [n]")
+    is_finite = np.isfinite(values)
+    num_missing = int((~is_finite).sum())
+    figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(f"{title}  ({num_missing} not finite)" if num_missing else title, fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.margins(x=0.01)
+    if len(values) <= MAX_BARS:
+        axes.bar(np.flatnonzero(is_finite), values[is_finite], width=0.8)
+        axes.set_xlabel("index", fontsize=8)
+    else:
+        axes.hist(values[is_finite], bins=64)
+        axes.set_xlabel("value", fontsize=8)
+        axes.set_ylabel(f"how many of {len(values):,}", fontsize=8)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

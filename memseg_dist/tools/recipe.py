@@ -1,0 +1,204 @@
+"""What the recipes in `datasets/` share: pictures on disk to Samples, lists of them to shards.
+
+A recipe lists `Picture`s cheaply (no pixel is read), `cut_into_shards` deals them out, and
+`picture_samples` opens them inside the task that writes the shard.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from memseg_dist.batch import derive_seed
+from memseg_dist.data.decode import MASK_IGNORE, CorruptSample, open_image
+from memseg_dist.tools.shards import Sample
+
+Mask = NDArray[np.uint16]
+ReadMask = Callable[[str], Mask]
+T = TypeVar("T")
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image file, and its mask file where it has one."""
+
+    key: str
+    image: str
+    mask: str | None = None
+    labels: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out, and why."""
+
+    key: str
+    reason: str
+
+
+def picture_samples(
+    pictures: Sequence[Picture], read_mask: ReadMask | None = None, labels_only: bool = False
+) -> Iterator[Sample | Skipped]:
+    """The pictures as Samples, one at a time.
+
+    labels_only: the classes of the mask become image labels and the mask itself is dropped.
+    """
+    for picture in pictures:
+        content = read_file(picture.image)
+        mask = read_mask(picture.mask) if read_mask and picture.mask else None
+        labels = picture.labels
+        if mask is not None and labels_only:
+            labels = (*labels, *_classes(mask))
+            mask = None
+        yield image_sample(picture.key, content, labels, mask, picture.extra)
+
+
+def read_file(path: str | Path, offset: int = 0, size: int = -1) -> bytes:
+    """The file's bytes, or a part of them; ValueError naming the path if it cannot be read."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            content = stream.read(size)
+    except OSError as error:
+        raise ValueError(
+            f"image {path} cannot be read ({error}); restore it or list anew"
+        ) from error
+    if len(content) < size:
+        raise ValueError(f"image {path} at byte {offset}: {len(content)} of {size} bytes are there")
+    return content
+
+
+def image_sample(
+    key: str,
+    content: bytes,
+    labels: Sequence[int],
+    mask: Mask | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Sample | Skipped:
+    """A Sample whose format is read from its first bytes; Skipped if it is not a known image."""
+    image_format = sniff_format(content)
+    if image_format is None:
+        return Skipped(key, "not a JPEG, PNG or WebP image")
+    try:
+        open_image(content, image_format)
+    except CorruptSample as error:
+        return Skipped(key, str(error))
+    unique = tuple(sorted(set(labels)))
+    return Sample(key, content, image_format, unique, mask, dict(extra or {}))
+
+
+def sniff_format(content: bytes) -> str | None:
+    for magic, image_format in _MAGIC.items():
+        if content.startswith(magic):
+            return image_format
+    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
+
+
+def read_pixels(path: str) -> NDArray[np.int64]:
+    """A label map's raw values [H, W], or [H, W, C] of a colour image; palette images by index."""
+    try:
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
+            return np.asarray(image).astype(np.int64)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"mask {path}: cannot be read ({error}); restore the file") from error
+
+
+def map_values(values: NDArray[np.int64], table: Mapping[int, int], path: str) -> Mask:
+    """Raw values -> local ids by `table` (id -1 = unknown).
+
+    ValueError naming the path for a value that the table does not have.
+    """
+    if values.ndim != 2:
+        raise ValueError(
+            f"mask {path}: expected one value per pixel, found shape {list(values.shape)}; "
+            "write label maps as grey or palette images"
+        )
+    present = np.unique(values)
+    unknown = [int(value) for value in present if int(value) not in table]
+    if unknown:
+        raise ValueError(
+            f"mask {path}: value(s) {unknown[:8]} are no class of this data set; check the class "
+            "list and the value that means 'ignore'"
+        )
+    local = np.array([table[int(value)] for value in present])
+    local = np.where(local < 0, MASK_IGNORE, local).astype(np.uint16)
+    return local[np.searchsorted(present, values)]
+
+
+def _classes(mask: Mask) -> list[int]:
+    return [int(value) for value in np.unique(mask) if value != MASK_IGNORE]
+
+
+def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """All image files below `folder`, sorted; ValueError if there is none."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}; check the path")
+    found = [
+        Path(path) / name
+        for path, _, names in os.walk(root)
+        for name in names
+        if name.lower().endswith(tuple(suffixes))
+    ]
+    if not found:
+        raise ValueError(f"no images ({', '.join(suffixes)}) below {root}; check the path")
+    return sorted(found)
+
+
+def cut_into_shards(
+    items: Sequence[T],
+    *,
+    samples_per_shard: int,
+    bytes_per_shard: int,
+    num_bytes: Callable[[T], int],
+    shuffle_seed: int | None,
+    limit: int | None = None,
+) -> list[tuple[T, ...]]:
+    """Deal items out to shards of at most so many samples and (above one sample) bytes.
+
+    shuffle_seed: permute first, so that every shard is a fair draw of the data set and `limit`
+    takes a random subset; None keeps the order.
+    """
+    if samples_per_shard < 1 or bytes_per_shard < 1:
+        raise ValueError(
+            f"{samples_per_shard} samples and {bytes_per_shard} bytes per shard: both must be "
+            "at least 1"
+        )
+    order = shuffled(len(items), shuffle_seed)[:limit]
+    shards: list[tuple[T, ...]] = []
+    current: list[T] = []
+    total = 0
+    for position in order:
+        item = items[int(position)]
+        size = num_bytes(item)
+        if current and (len(current) == samples_per_shard or total + size > bytes_per_shard):
+            shards.append(tuple(current))
+            current, total = [], 0
+        current.append(item)
+        total += size
+    return [*shards, tuple(current)] if current else shards
+
+
+def shuffled(count: int, seed: int | None) -> NDArray[np.int64]:
+    """0 .. count - 1, permuted by `seed` (the same on every machine); in order for None."""
+    if seed is None:
+        return np.arange(count)
+    return np.random.Generator(np.random.PCG64(derive_seed("shards", seed))).permutation(count)
+
+
+def picture_bytes(picture: Picture) -> int:
+    """Size of a picture's files on disk."""
+    mask = os.path.getsize(picture.mask) if picture.mask else 0
+    return os.path.getsize(picture.image) + mask

@@ -1,0 +1,18 @@
+"""A backbone that is nothing but one strided convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Patches(nn.Module):
+    """uint8 images -> one map [B, dim, H / stride, W / stride]."""
+
+    def __init__(self, dim: int, stride: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dim, self.stride = dim, stride
+        self.conv = nn.Conv2d(3, dim, stride, stride, dtype=dtype)
+
+    def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (self.conv(images.to(self.conv.weight.dtype) / 255),)

@@ -1,0 +1,171 @@
+"""Plain processes: one group, the real error, nothing left behind."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from memseg_dist import dist
+from memseg_dist.platforms import local
+from memseg_dist.platforms.process import Failure, RunFailed, summary_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def add_up(config_json, context):
+    total = dist.all_reduce_sum(torch.tensor(float(context.rank + 1)))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "DS_ACCELERATOR")
+    return {
+        "config": config_json,
+        "sum": total.item(),
+        "size": dist.size(),
+        "device": str(context.device),
+        "environment": {name: os.environ.get(name) for name in names},
+    }
+
+
+def break_on_rank_1(config_json, context, *, how):
+    if context.rank == 1:
+        if how == "raise":
+            raise ValueError("shard-000003.tar is truncated: draw it again")
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce_sum(torch.zeros(1))
+    return {}
+
+
+def run_until_asked(config_json, context, *, ready):
+    step = 0
+    while not context.should_stop():
+        step += 1
+        if context.rank == 0 and step == 2:
+            Path(ready).touch()
+        time.sleep(0.02)
+    return {"stopped": True}
+
+
+def children() -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "multiprocessing.spawn" in " ".join(child.cmdline())
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_group_of_workers_shares_one_run(workers):
+    before = len(children())
+    result = local.run(add_up, "the config", workers, use_gpu=False)
+    assert result["config"] == "the config"
+    assert (result["sum"], result["size"]) == ({1: 1.0, 2: 3.0}[workers], workers)
+    assert result["device"] == "cpu"
+    assert result["environment"] == {
+        "RANK": "0",
+        "WORLD_SIZE": str(workers),
+        "LOCAL_SIZE": str(workers),
+        "DS_ACCELERATOR": "cpu",
+    }
+    assert len(children()) == before
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("raise", "worker 1: shard-000003.tar is truncated: draw it again"),
+        ("kill", "worker 1: killed by SIGKILL; was the machine out of memory?"),
+    ],
+)
+def test_the_error_of_the_worker_that_failed_first_is_the_error(how, text):
+    before = len(children())
+    with pytest.raises(RunFailed) as caught:
+        local.run(functools.partial(break_on_rank_1, how=how), "", 2, use_gpu=False)
+    assert str(caught.value) == text
+    assert len(children()) == before
+
+
+def test_a_lone_worker_raises_its_own_error():
+    def fail(config_json, context):
+        raise ValueError("as it is")
+
+    with pytest.raises(ValueError, match="as it is"):
+        local.run(fail, "", 1, use_gpu=False)
+
+
+def test_sigterm_asks_every_worker_to_leave(tmp_path):
+    ready = tmp_path / "ready"
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import functools, sys
+            sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]
+            from test_local import run_until_asked
+            from memseg_dist.platforms import local
+            if __name__ == "__main__":
+                worker = functools.partial(run_until_asked, ready={str(ready)!r})
+                print(local.run(worker, "", 2, use_gpu=False))
+            """
+        )
+    )
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    wait_for(ready.exists)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert output.strip() == "{'stopped': True}"
+
+
+def test_workers_die_with_a_killed_parent(tmp_path):
+    ready = tmp_path / "ready"
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import functools, sys
+            sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]
+            from test_local import run_until_asked
+            from memseg_dist.platforms import local
+            if __name__ == "__main__":
+                local.run(functools.partial(run_until_asked, ready={str(ready)!r}), "", 2, False)
+            """
+        )
+    )
+    process = subprocess.Popen([sys.executable, script])
+    wait_for(ready.exists)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert len(gone) >= 2 and not alive
+
+
+def wait_for(condition, timeout_s=90.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def test_fallout_is_not_taken_for_the_cause():
+    failures = {
+        0: Failure("RuntimeError: Connection closed by peer [127.0.0.1]:4242", "trace"),
+        1: Failure("KeyError: 'door'", "line 1\nKeyError: 'door'"),
+    }
+    assert summary_of(failures) == "worker 1: KeyError: 'door'\n\nline 1\nKeyError: 'door'"
+    failures[1] = Failure("killed by SIGKILL", died=True)
+    assert summary_of(failures) == "worker 1: killed by SIGKILL"
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ValueError, match="use_gpu is True, but torch finds no CUDA device"):
+        local.run(add_up, "", 1, use_gpu=True)

@@ -1,0 +1,178 @@
+"""MLflow: one run whatever happens, nothing twice, and training never waits nor stops."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+mlflow = pytest.importorskip("mlflow")
+
+from memseg_dist.platforms import on_mlflow  # noqa: E402
+from memseg_dist.platforms.on_mlflow import MlflowTracker  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A database that is made once: creating its tables takes a second or two."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    return f"sqlite:///{folder}/mlflow.db", folder
+
+
+def open_tracker(store, directory, **changes) -> MlflowTracker:
+    uri, folder = store
+    settings = {
+        "uri": uri,
+        "experiment": "tests",
+        "run_name": directory.name,
+        "artifacts": (folder / "artifacts").as_uri(),
+        "system_metrics": False,
+    }
+    return MlflowTracker(str(directory), **(settings | changes))
+
+
+def read(store, tracker):
+    client = mlflow.MlflowClient(tracking_uri=store[0])
+    return client, client.get_run(tracker.run_id)
+
+
+def test_everything_arrives(store, tmp_path):
+    tracker = open_tracker(store, tmp_path, tags={"mlflow.source.git.commit": "abc123"})
+    many = {f"group.{index}": str(index) for index in range(250)}
+    tracker.log_params({**many, "long": "x" * 9000, "odd(key)": "y"})
+    for step in range(2500):
+        tracker.log_metrics({"loss/masks/seg": step / 10, "lr": 0.1}, step)
+    tracker.log_metrics({"val/miou_novel": float("nan")}, 2500)
+    tracker.log_image("panels/00", np.zeros((8, 8, 3), np.uint8), 7)
+    tracker.log_text("val/table.csv", "class,iou\n")
+    tracker.finish("finished")
+
+    assert (tracker.num_failures, tracker.num_dropped) == (0, 0)
+    client, run = read(store, tracker)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.source.git.commit"] == "abc123"
+    assert len(run.data.params) == 252
+    assert (run.data.params["odd_key_"], len(run.data.params["long"])) == ("y", 6000)
+    history = client.get_metric_history(run.info.run_id, "loss/masks/seg")
+    assert [(metric.step, metric.value) for metric in history] == [
+        (step, step / 10) for step in range(2500)
+    ]
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
+        "images",
+        "val",
+    }
+
+
+def test_a_restart_continues_the_run_and_writes_nothing_twice(store, tmp_path):
+    image = np.zeros((8, 8, 3), np.uint8)
+    first = open_tracker(store, tmp_path)
+    first.log_params({"launch.workers": "2", "seed": "0"})
+    for step in (1, 2, 3, 4):
+        first.log_metrics({"loss": float(step)}, step)
+    first.log_image("panels/00", image, 2)
+    first.finish("failed")
+
+    second = open_tracker(store, tmp_path)  # resumes from the checkpoint of step 2
+    second.log_params({"launch.workers": "3", "seed": "0"})
+    for step in (3, 4, 5):
+        second.log_metrics({"loss": float(step), "late": 0.0}, step)
+    for step in (2, 5):
+        second.log_image("panels/00", image, step)
+    second.finish("finished")
+
+    assert second.run_id == first.run_id
+    assert (second.num_failures, second.num_dropped) == (0, 0)
+    client, run = read(store, second)
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in history] == [1, 2, 3, 4, 5]
+    late = client.get_metric_history(run.info.run_id, "late")
+    assert [metric.step for metric in late] == [3, 4, 5]
+    assert run.data.params["launch.workers"] == "2"
+    assert run.data.tags["resumed.launch.workers"] == "2 -> 3"
+    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
+    assert sum(path.endswith(".png") for path in pictures) == 2
+    with open(tmp_path / on_mlflow.RUN_FILE) as file:
+        assert json.load(file)["run_id"] == run.info.run_id
+
+
+def test_figures_that_a_killed_process_never_wrote_come_from_the_history(store, tmp_path):
+    rows = [{"step": step, "loss": step / 2, "val/miou_all": 1.0} for step in (1, 2, 3)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    history = tmp_path / "metrics.jsonl"
+    history.write_text(lines[0])
+    first = open_tracker(store, tmp_path, history=str(history))
+    first.log_metrics({"loss": 1.0}, 2)
+    first.finish("failed")
+    history.write_text("".join(lines) + '{"step": 4, "lo')
+    second = open_tracker(store, tmp_path, history=str(history))
+    second.log_metrics({"loss": 2.0}, 4)
+    second.finish("finished")
+    client, run = read(store, second)
+    written = client.get_metric_history(run.info.run_id, "loss")
+    expected = [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+    assert sorted((metric.step, metric.value) for metric in written) == expected
+
+
+def test_system_metrics_are_written(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    tracker = open_tracker(store, tmp_path, system_metrics=True)
+    deadline = time.monotonic() + 20
+    while tracker.run_id is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    tracker.finish("stopped")
+    _, run = read(store, tracker)
+    assert run.info.status == "KILLED"
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+
+
+def test_a_store_that_cannot_be_opened_stops_nothing(store, tmp_path, capsys):
+    (tmp_path / "a-file").touch()
+    tracker = open_tracker(store, tmp_path, uri=f"sqlite:///{tmp_path}/a-file/mlflow.db")
+    for step in range(3):
+        tracker.log_metrics({"loss": 1.0}, step)
+    start = time.monotonic()
+    tracker.finish("finished")
+    assert time.monotonic() - start < 30
+    assert tracker.run_id is None and tracker.num_failures >= 1 and tracker.num_dropped >= 1
+    output = capsys.readouterr().out
+    assert "training goes on" in output
+    assert "entries were dropped; training was not affected" in output
+
+
+def test_a_store_that_fails_for_a_while_loses_nothing(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_mlflow, "PAUSE_S", 0.05)
+    tracker = open_tracker(store, tmp_path)
+    while tracker.run_id is None:
+        time.sleep(0.05)
+    write, outages = tracker._client.log_batch, iter([OSError("gone"), OSError("gone")])
+
+    def log_batch(*args, **kwargs):
+        for error in outages:
+            raise error
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(tracker._client, "log_batch", log_batch)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    time.sleep(0.5)
+    tracker.log_metrics({"loss": 2.0}, 2)
+    tracker.finish("finished")
+    assert (tracker.num_failures, tracker.num_dropped) == (2, 0)
+    client, run = read(store, tracker)
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in history] == [1, 2]
+
+
+def test_a_slow_store_bounds_memory_and_never_blocks(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_mlflow, "MAX_PENDING", 50)
+    tracker = open_tracker(store, tmp_path)
+    tracker._put(lambda: time.sleep(1.0))
+    start = time.monotonic()
+    for step in range(500):
+        tracker.log_text(f"{step}.txt", "x")
+    assert time.monotonic() - start < 0.5
+    tracker.finish("finished")
+    assert 0 < tracker.num_dropped < 500

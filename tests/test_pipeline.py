@@ -1,0 +1,277 @@
+"""A job's command line and its stages: flags, references, resumption, early errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy_job
+from safetensors.torch import load_file
+
+from memseg_dist.config import RunConfig, ValidationConfig
+from memseg_dist.data.loader import Source
+from memseg_dist.methods.rca.config import RCAConfig
+from memseg_dist.methods.rca.fusion import FusionConfig
+from memseg_dist.methods.rca.labeller import ActivationLabeller
+from memseg_dist.nn.backbone import BackboneConfig, build_backbone
+from memseg_dist.pipeline import JobOptions, main, parse, run_stages
+from memseg_dist.stages import ExportConfig, LabelConfig, resolved, result
+from memseg_dist.tools.miniature import draw_miniature
+
+TOYS = toy_job.vocabularies(toy_job.Options())["toys"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with the toy's shards."""
+    monkeypatch.chdir(tmp_path)
+    draw_miniature(Path("data"), TOYS, with_masks=True, size=40)
+    return tmp_path
+
+
+def toy(*arguments: str) -> None:
+    main(toy_job.Options, toy_job.stages, toy_job.vocabularies, "A toy.", arguments)
+
+
+def parsed(*arguments: str):
+    return parse(toy_job.Options, toy_job.stages, "A toy.", arguments)[1]
+
+
+def one_stage(options: JobOptions):
+    return {"train": replace(toy_job.stages(toy_job.Options())["train"], name="single")}
+
+
+def error_of(*arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        toy(*arguments)
+    return str(caught.value.code)
+
+
+# ------------------------------------------------------------------ command line
+
+
+def test_every_field_of_every_stage_is_a_flag():
+    stages = parsed(
+        *("--train.steps", "7", "--tune.steps", "9", "--tune.optimizer.lr", "0.5"),
+        *("--train.sources.0.slots", "3", "--export.out", "elsewhere.safetensors"),
+    )
+    assert (stages["train"].steps, stages["tune"].steps) == (7, 9)
+    assert (stages["train"].optimizer.lr, stages["tune"].optimizer.lr) == (1e-3, 0.5)
+    assert (stages["train"].sources[0].slots, stages["tune"].sources[0].slots) == (3, 1)
+    assert stages["export"].out == "elsewhere.safetensors"
+
+
+def test_the_jobs_options_change_all_stages_and_a_stages_flag_only_its_own():
+    stages = parsed("--storage", "S", "--name", "x", "--seed", "3", "--tune.seed", "4")
+    train, tune = stages["train"], stages["tune"]
+    assert (train.name, train.storage, train.seed) == ("x", "S", 3)
+    assert (tune.name, tune.storage, tune.seed) == ("x_tuned", "S", 4)
+
+
+def test_the_flags_of_one_stage_have_no_prefix():
+    arguments = ["--steps", "7", "--launch.workers", "1", "1", "--storage", "S"]
+    _, stages = parse(JobOptions, one_stage, None, arguments)
+    assert (stages["train"].steps, stages["train"].launch.workers) == (7, (1, 1))
+    assert stages["train"].storage == "S"
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--tune.step", "--bogus", "--smok"])
+def test_an_unknown_flag_is_an_error(capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        parsed(flag, "3")
+    assert caught.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_a_wrong_value_of_an_option_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed("--seed", "many")
+    assert caught.value.code == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_help_shows_options_and_stages_with_the_jobs_values(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed("--data", "mine", "--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "A toy." in text and "--smoke" in text and "--launch.workers" in text
+    assert "--train.steps INT (default: 4)" in text
+    assert "--export.checkpoint" in text and "(default: stage:train)" in text
+    assert "Folder of its shards. (default: mine)" in text
+
+
+# ------------------------------------------------------------------ references
+
+
+def test_a_later_stage_follows_an_earlier_ones_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = resolved(parsed("--train.name", "mine", "--train.storage", "there"))
+    run = str(tmp_path / "there" / "mine")
+    assert stages["export"].checkpoint == run
+    assert stages["tune"].backbone.pretrained == f"{run}/weights/backbone.safetensors"
+    assert stages["tune"].directory == str(tmp_path / "runs" / "toy_tuned")
+    labels = LabelConfig(result("train"), "data", result("train") + "/labels")
+    source = Source("pseudo", result("labels"), "masks")
+    segmenter = replace(one_stage(JobOptions())["train"], sources=(source,))
+    chain = {"train": stages["train"], "labels": labels, "segmenter": segmenter}
+    assert resolved(chain)["segmenter"].sources[0].path == f"{run}/labels"
+
+
+@pytest.mark.parametrize("name", ["nobody", "tune"])
+def test_a_reference_to_an_unknown_or_later_stage_is_an_error(name):
+    stages = parsed("--export.checkpoint", result(name))
+    with pytest.raises(ValueError, match=f"'export' refers to .* stage '{name}'.*\\['train'\\]"):
+        resolved(stages)
+
+
+# ------------------------------------------------------------------ running
+
+
+def test_stages_run_in_order_and_until(folder, capsys):
+    toy("--until", "export")
+    printed = capsys.readouterr().out
+    assert re.findall("stage .*", printed) == ["stage 1 of 2: train", "stage 2 of 2: export"]
+    file = folder / "runs/toy/weights/backbone.safetensors"
+    weights = load_file(file)
+    fresh = build_backbone(BackboneConfig("test_vit", image_size=32, drop_path=0.0))
+    assert weights.keys() == fresh.state_dict().keys()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    trained = load_file(folder / "runs/toy/checkpoints/step-00000004/model.safetensors")
+    assert all(part.equal(trained[f"backbone.{name}"]) for name, part in weights.items())
+
+    toy("--start-at", "tune")
+    assert "stage 1 of 1: tune" in capsys.readouterr().out
+    tuned = json.loads((folder / "runs/toy_tuned/config.json").read_text())
+    assert tuned["backbone"]["pretrained"] == str(file)
+
+
+def test_stages_that_do_not_exist_cannot_be_chosen(folder):
+    assert "--until nobody: there is no such stage; choose of ['train'" in error_of(
+        "--until", "nobody"
+    )
+    assert "--start-at tune comes after --until train" in error_of(
+        "--start-at", "tune", "--until", "train"
+    )
+    assert not Path("runs").exists()
+
+
+def test_each_stage_goes_on_where_it_was_stopped_or_killed(folder):
+    """SIGTERM in the first stage, SIGKILL in the third, then the same command to the end."""
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-u", str(root / "tests" / "toy_job.py"), "--train.steps", "300"]
+
+    def run(until: str | None, signal_number: int = 0) -> tuple[int, list[str]]:
+        lines = []
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, cwd=folder
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if until is not None and line.startswith(until):
+                    process.send_signal(signal_number)
+                    until = None
+        return process.returncode, lines
+
+    def steps(name: str) -> list[int]:
+        rows = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
+        return [row["step"] for row in rows if "loss" in row]
+
+    code, lines = run("step 3 ", signal.SIGTERM)
+    assert code == 0 and not any(line.startswith("stage 2") for line in lines)
+    assert steps("toy")[-1] < 300
+    code, _ = run("stage 3 of 3: tune", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert steps("toy") == list(range(1, 301))  # none twice, none left out
+    code, lines = run(None)
+    assert code == 0
+    assert steps("toy") == list(range(1, 301)) and steps("toy_tuned") == [1, 2, 3, 4]
+
+
+def test_smoke_draws_what_it_needs_and_follows_the_references(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy("--smoke", "--train.engine.kind", "torch")
+    train, tuned = sorted(Path("runs").iterdir())
+    assert train.name.startswith("toy-smoke-") and tuned.name.startswith("toy_tuned-smoke-")
+    assert (train / "data/toys/index.parquet").exists()
+    for run in (train, tuned):
+        assert (run / "checkpoints/step-00000004/manifest.json").exists()
+    pretrained = json.loads((tuned / "config.json").read_text())["backbone"]["pretrained"]
+    assert pretrained == str((train / "weights/backbone.safetensors").resolve())
+
+
+# ------------------------------------------------------------------ early checks
+
+
+def labelling(**changes) -> dict:
+    """Train RCA, and label what it saw."""
+    classifier = replace(
+        one_stage(JobOptions())["train"],
+        sources=(Source("toys", "data", "labels", hide_mask=True, exclude=("toy:0",)),),
+        steps=8,  # two epochs: maps are accumulated after the first
+        method=RCAConfig(map_size=4, head_width=8),
+        validation=ValidationConfig("data", mode="whole", resize=(32, 32), exclude=("toy:0",)),
+    )
+    labels = LabelConfig(result("train"), "data", result("train") + "/labels", workers=0)
+    return {"train": classifier, "labels": replace(labels, **changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": "s3://bucket/labels"}, "'labels' writes to s3://bucket/labels, which is a URL"),
+        ({"truth": "nowhere"}, "truth nowhere has no shards"),
+        ({"labeller": ActivationLabeller(saliency="none")}, "no saliency map .*none/data-0000"),
+    ],
+)
+def test_what_would_fail_late_fails_before_the_first_stage(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_stages(labelling(**changes))
+    assert not Path("runs").exists()
+    run_stages(labelling(**changes), [])  # stages that are not chosen are not checked
+
+
+def test_an_export_to_a_url_fails_before_the_first_stage(folder):
+    stages = {
+        "train": one_stage(JobOptions())["train"],
+        "export": ExportConfig(result("train"), "s3://bucket/backbone.safetensors"),
+    }
+    with pytest.raises(ValueError, match=r"'export' writes to s3://bucket/backbone\.safetensors"):
+        run_stages(stages)
+    assert not Path("runs").exists()
+
+
+def test_pseudo_labels_without_a_known_pixel_stop_the_pipeline(folder, capsys):
+    nothing = ActivationLabeller(fusion=FusionConfig(use_crf=False, min_foreground=1.0))
+    with pytest.raises(ValueError, match=r"every pixel of the pseudo labels in .* is unknown"):
+        run_stages(labelling(labeller=nothing))
+    assert (folder / "runs/single/labels/index.parquet").exists()
+    run_stages(labelling(labeller=nothing), may_be_unknown=True)
+    assert "unknown: 100.00 %" in capsys.readouterr().out
+
+
+def test_the_pseudo_labels_figures_go_to_the_run_of_their_weights(folder):
+    import mlflow
+
+    tracked = {
+        name: replace(stage, tracking=replace(stage.tracking, kind="mlflow", system_metrics=False))
+        if isinstance(stage, RunConfig)
+        else stage
+        for name, stage in labelling(
+            labeller=ActivationLabeller(fusion=FusionConfig(use_crf=False))
+        ).items()
+    }
+    run_stages(tracked, may_be_unknown=True)
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("memseg-dist").experiment_id])
+    assert run.info.run_name == "single" and run.info.status == "FINISHED"
+    assert {"label/images", "loss"} <= run.data.metrics.keys()

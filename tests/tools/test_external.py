@@ -1,0 +1,145 @@
+"""Shards made by others, indexed on first use."""
+
+import os
+
+import pytest
+from data.made import VOCABULARY, blocks, encoded, write
+from webdataset import TarWriter
+
+from memseg_dist.data.decode import encode_mask
+from memseg_dist.data.index import Index
+from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.tools.external import ensure_indexed, index_external
+from memseg_dist.tools.verify import verify
+
+
+def opened(root) -> Index:
+    """As an entry point opens a user's path."""
+    ensure_indexed([root])
+    return Index.open(root)
+
+
+def make_tar(path, *samples):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TarWriter(str(path), encoder=False) as writer:
+        for number, members in enumerate(samples):
+            writer.write({"__key__": f"dir/{number:03d}", **members})
+
+
+def test_images_with_cls_are_indexed_on_first_use(tmp_path):
+    root = tmp_path / "flowers"
+    images = [encoded(number) for number in range(3)]
+    make_tar(root / "train-0.tar", {"jpg": images[0], "cls": b"4"}, {"jpg": images[1], "cls": b"0"})
+    make_tar(root / "train-1.tar", {"jpg": images[2], "cls": b"2"})
+    index = opened(root)
+    assert (root / "index.parquet").exists()
+    assert [index.key(i) for i in range(3)] == ["dir/000", "dir/001", "dir/000"]
+    assert [index.labels(i) for i in range(3)] == [(4,), (0,), (2,)]
+    for number in range(3):
+        row = index.row(number)
+        content = (root / row.shard).read_bytes()
+        assert content[row.image_offset : row.image_offset + row.image_size] == images[number]
+    assert index.vocabulary.uids == tuple(f"flowers/{i}" for i in range(5))
+    assert Vocabulary.load(root / "vocabulary.json") == index.vocabulary
+    assert len(verify(root)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        (b'{"labels": [3, 1, 3]}', (1, 3)),
+        (b'{"label": 2, "caption": "x"}', (2,)),
+        (b'{"label": "n5"}', (5,)),
+        (b'{"cls": 1}', (1,)),
+        (b"[0, 4]", (0, 4)),
+        (b"3", (3,)),
+        (b'{"caption": "no labels"}', ()),
+    ],
+)
+def test_forms_of_json_labels(tmp_path, text, labels):
+    VOCABULARY.save(tmp_path / "vocabulary.json")
+    make_tar(tmp_path / "0.tar", {"jpeg": encoded(0), "json": text, "txt": b"left alone"})
+    assert opened(tmp_path).labels(0) == labels
+
+
+def test_masks_in_our_form_are_used(tmp_path):
+    mask = blocks(3)
+    make_tar(tmp_path / "0.tar", {"png": encoded(0, image_format="PNG"), "cls": b"0",
+                                  "mask.png": encode_mask(mask)})  # fmt: skip
+    index = opened(tmp_path)
+    assert index.num_masks == 1
+    assert index.labels(0) == tuple(sorted({0, *mask[mask != 65535].tolist()}))
+
+
+def test_a_list_of_tars_and_a_vocabulary_into_another_folder(tmp_path):
+    for name in ("a", "b", "c"):
+        make_tar(tmp_path / "in" / f"{name}.tar", {"jpg": encoded(1), "cls": b"5"})
+    tars = [tmp_path / "in" / "a.tar", tmp_path / "in" / "c.tar"]
+    path = index_external(tars, VOCABULARY, into=tmp_path / "out")
+    assert path == tmp_path / "out" / "index.parquet"
+    index = opened(tmp_path / "out")
+    assert index.shard_names == [str(tar) for tar in tars]
+    index.check_shards()
+    assert len(verify(tmp_path / "out")) == 2
+    with pytest.raises(ValueError, match="shards lie in 2 folders"):
+        index_external([tars[0], tmp_path / "other.tar"])
+
+
+def test_a_folder_that_cannot_be_written_is_indexed_in_the_cache(tmp_path, cache, monkeypatch):
+    make_tar(tmp_path / "0.tar", {"jpg": encoded(0), "cls": b"1"})
+    original = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and original(path, mode))
+    index = opened(tmp_path)
+    assert len(index) == 1
+    assert index.vocabulary.names == (f"{tmp_path.name} 0", f"{tmp_path.name} 1")
+    assert [*tmp_path.iterdir()] == [tmp_path / "0.tar"]
+    assert index.parquet.startswith(str(cache))
+    assert len(opened(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["pyd", "pkl", "pickle", "pth", "pt", "mask.PKL"])
+def test_pickle_members_are_refused_by_name(tmp_path, name):
+    make_tar(tmp_path / "0.tar", {"jpg": encoded(0), "cls": b"1", name: b"\x80\x04."})
+    with pytest.raises(ValueError, match=rf"0\.tar: member dir/000\.{name} is a pickle.*refused"):
+        opened(tmp_path)
+    assert not (tmp_path / "index.parquet").exists()
+
+
+def test_a_pickle_that_was_added_to_our_shards_is_found_by_verify(tmp_path):
+    write(tmp_path, (2,))
+    make_tar(tmp_path / "shard-000000.tar", {"jpg": encoded(0), "pth": b"\x80"})
+    with pytest.raises(ValueError, match=r"member dir/000\.pth is a pickle"):
+        verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"cls": b"9"}, "'dir/000': label 9 is outside the vocabulary of 6 classes"),
+        ({"cls": b"dog"}, "not JSON"),
+        ({"json": b'{"label": "dog"}'}, "label 'dog' is neither a class number nor a known uid"),
+        ({"json": b'{"label": true}'}, "label True is neither"),
+        ({"jpg": b"no image", "cls": b"1"}, "'dir/000': not a readable JPEG"),
+        ({"mask.png": encode_mask(blocks(0, 20, 30))}, "the mask is 20 x 30 pixels but the image"),
+        ({"mask.png": encoded(0, image_format="PNG")}, "mask has mode 'RGB'; it must be a 16-bit"),
+    ],
+)
+def test_bad_members_are_named(tmp_path, members, message):
+    VOCABULARY.save(tmp_path / "vocabulary.json")
+    make_tar(tmp_path / "0.tar", {"jpg": encoded(0), **members})
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path)
+
+
+def test_no_images_a_truncated_and_a_compressed_tar(tmp_path):
+    make_tar(tmp_path / "0.tar", {"txt": b"x"})
+    with pytest.raises(ValueError, match=r"0\.tar: no image member"):
+        opened(tmp_path)
+    make_tar(tmp_path / "0.tar", {"jpg": encoded(0)}, {"jpg": encoded(1)})
+    content = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[:2000])
+    with pytest.raises(ValueError, match=r"0\.tar is cut short or not a plain tar"):
+        opened(tmp_path)
+    (tmp_path / "0.tar").write_bytes(b"\x1f\x8b" + content)
+    with pytest.raises(ValueError, match="not a plain tar"):
+        opened(tmp_path)
