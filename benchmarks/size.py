@@ -20,8 +20,8 @@ from pathlib import Path
 
 import tyro
 
-CORE = ("batch", "dist", "jsonable", "config", "assemble", "memory", "nn", "losses", "models",
-        "data", "train")  # fmt: skip
+CORE = ("batch", "dist", "checks", "jsonable", "config", "assemble", "memory", "nn", "losses",
+        "models", "data", "train")  # fmt: skip
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER)  # fmt: skip
 

@@ -21,7 +21,7 @@ from memseg_dist.data.augment import fitted_size, resize_image
 from memseg_dist.data.files import make_folder
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.tools.predict import read_image
-from memseg_dist.tools.search import PublishedRows, RowSearch
+from memseg_dist.tools.search import PublishedRows
 
 
 def inspect(
@@ -102,7 +102,7 @@ def search(
     else:
         assert image is not None and at is not None
         query = _pixel_embedding(opened, image, at, InferenceOptions(resize=resize))
-    found = RowSearch(published if rows else means).nearest(query, neighbours)[0]
+    found = (published if rows else means).nearest(query, neighbours)[0]
     table = Table("cosine", "uid", "name", *(["position"] if rows else []))
     for item in found:
         known = item.uid in vocabulary

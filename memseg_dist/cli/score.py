@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.cli.model import InferenceFlags, Model, ModelFlags, open_model
-from memseg_dist.config import RunConfig
+from memseg_dist.config import RunConfig, ValidationConfig
 from memseg_dist.data.evalset import EvalDataset
 from memseg_dist.data.files import make_folder
 from memseg_dist.data.index import Index
+from memseg_dist.data.source import supervised_ids
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.evaluate import EvaluationResult, evaluate, evaluated_classes
 from memseg_dist.evaluation.metrics import EvaluatedClass
@@ -62,28 +63,17 @@ def score(
     opened = open_model(model, with_memories=bool(panels))
     settings = inference.resolved(opened.config)
     dataset, classes = _evaluated(opened, data, settings, ignore_unknown, buckets)
+    images: dict[str, Any] = {
+        "device": opened.device,
+        "max_images": max_images,
+        "num_processes": processes,
+    }
     result: EvaluationResult | PrototypeProbeResult
     if prototype_probe:
-        result = probe_prototypes(
-            opened.method,
-            dataset,
-            classes,
-            device=opened.device,
-            num_points=points,
-            num_runs=runs,
-            max_images=max_images,
-            num_processes=processes,
-        )
+        images |= {"num_points": points, "num_runs": runs}
+        result = probe_prototypes(opened.method, dataset, classes, **images)
     else:
-        result = evaluate(
-            opened.method,
-            dataset,
-            classes,
-            device=opened.device,
-            inference=settings,
-            max_images=max_images,
-            num_processes=processes,
-        )
+        result = evaluate(opened.method, dataset, classes, inference=settings, **images)
     print(f"{model.checkpoint} (step {opened.step})\n{result.table()}")
     if out is not None:
         folder = make_folder(out)
@@ -103,23 +93,20 @@ def _evaluated(
     """The images to score, and the classes of their vocabulary with their group."""
     config, space = model.config, model.label_space
     validation = config.validation
-    base: Sequence[str] = ()
-    novel: Sequence[str] = ()
-    if data is None:
-        if validation is None:
-            raise ValueError("the run has no validation set; name one with --data")
-        path, name = validation.path, validation.name
-        ensure_indexed([path])
-        base, novel = validation.base, validation.novel
-    else:
-        path, name = data, EVALUATED
-        ensure_indexed([data])
+    if data is not None:
+        validation = ValidationConfig(data, EVALUATED)
+    if validation is None:
+        raise ValueError("the run has no validation set; name one with --data")
+    ensure_indexed([validation.path])
+    if data is not None:
         space = _with_vocabulary(space, Index.open(data), ignore_unknown)
+    name, base, novel = validation.name, validation.base, validation.novel
     if not base and not novel:
         base, novel = _groups(config, space, name)
     counts = training_image_counts(config, space) if buckets else None
     classes = evaluated_classes(space, name, base=base, novel=novel, training_images=counts)
-    return EvalDataset(path, space, name, resize=settings.resize), classes
+    dataset = EvalDataset(validation.path, space, name, resize=settings.resize)
+    return dataset, classes
 
 
 def _with_vocabulary(space: LabelSpace, index: Index, ignore_unknown: bool) -> LabelSpace:
@@ -137,12 +124,12 @@ def _with_vocabulary(space: LabelSpace, index: Index, ignore_unknown: bool) -> L
     return LabelSpace(known, {**space.to_union, EVALUATED: ids})
 
 
-def _groups(config: RunConfig, space: LabelSpace, name: str) -> tuple[list[str], list[str]]:
+def _groups(
+    config: RunConfig, space: LabelSpace, name: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Uids of the evaluated classes that had masks in training, and of those that had not."""
+    trained = supervised_ids(config.sources, space, "masks")
+    tested = np.setdiff1d(space.classes(name), IGNORE)
+    base, novel = np.intersect1d(tested, trained), np.setdiff1d(tested, trained)
     uids = space.vocabulary.uids
-    trained: set[str] = set()
-    for source in config.sources:
-        if source.supervision == "masks":
-            trained |= {uids[index] for index in space.classes(source.name)} - set(source.exclude)
-    tested = [uids[index] for index in space.classes(name) if index != IGNORE]
-    return [uid for uid in tested if uid in trained], [uid for uid in tested if uid not in trained]
+    return tuple(uids[index] for index in base), tuple(uids[index] for index in novel)

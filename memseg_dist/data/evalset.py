@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ class EvalItem(NamedTuple):
 
 
 class EvalDataset(Dataset[EvalItem]):
-    """A split with masks for evaluation, in the index's order or at `indices`.
+    """A split with masks for evaluation, in the index's order.
 
     resize: (long, short) that images are made to fit, keeping their ratio; None = as stored.
     """
@@ -39,25 +38,22 @@ class EvalDataset(Dataset[EvalItem]):
         label_space: LabelSpace,
         source_name: str,
         resize: tuple[int, int] | None = (2048, 512),
-        indices: Sequence[int] | None = None,
         *,
         cache_dir: str | Path | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         cache = Path(cache_dir or default_cache())
         source = Source(source_name, str(path), "masks")
         self.index = Index.open(path, cache)
         to_union = label_space.ids(source_name)
         check_source(source, self.index, len(to_union))
-        self._indices = range(len(self.index)) if indices is None else list(indices)
-        self._reader = Reader(self.index, ShardCache(cache / "shards", cache_bytes), to_union)
+        shards = ShardCache(cache / "shards", DEFAULT_CACHE_BYTES)
+        self._reader = Reader(self.index, shards, to_union)
         self._resize = resize
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.index)
 
-    def __getitem__(self, number: int) -> EvalItem:
-        row = self._indices[number]
+    def __getitem__(self, row: int) -> EvalItem:
         image, mask, labels = self._reader.read(row, with_mask=True)
         if self._resize is not None:
             image = resize_image(image, fitted_size(image.shape[1], image.shape[2], self._resize))

@@ -57,21 +57,15 @@ def absolute(path: str | Path) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    local = local_path(path)
-    if local is not None:
-        return local.exists()
-    filesystem, remote = fsspec.core.url_to_fs(str(path))
-    return bool(filesystem.exists(remote))
+    filesystem, inside = fsspec.core.url_to_fs(check_path(path))
+    return bool(filesystem.exists(inside))
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The whole file; ValueError naming the path if it cannot be read."""
-    local = local_path(path)
     try:
-        if local is not None:
-            return local.read_bytes()
-        filesystem, remote = fsspec.core.url_to_fs(str(path))
-        return bytes(filesystem.cat_file(remote))
+        filesystem, inside = fsspec.core.url_to_fs(check_path(path))
+        return bytes(filesystem.cat_file(inside))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}; check the path") from error
 

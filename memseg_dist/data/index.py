@@ -40,11 +40,21 @@ class Row(NamedTuple):
 
 
 class Index:
-    """The rows of one data set split, sorted by shard. `Index.open` makes one."""
+    """The rows of one data set split, sorted by shard. `Index.open` makes one.
+
+    shard_names: paths relative to `root`, or whole paths where the index lies elsewhere.
+    shard_sizes: int64, samples per shard. shard_starts: int64 [num_shards + 1], the first row of
+    each shard, then the number of rows. num_masks: how many samples have a mask. max_label: the
+    highest local label, -1 if no sample has one.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._facts = Facts(**json.loads((folder / FACTS_NAME).read_text()))
+        self._facts = facts = Facts(**json.loads((folder / FACTS_NAME).read_text()))
+        self.root, self.num_masks, self.max_label = facts.root, facts.num_masks, facts.max_label
+        self.shard_names = [*facts.shard_sizes]
+        self.shard_sizes = np.array([*facts.shard_sizes.values()], dtype=np.int64)
+        self.shard_starts = np.append(np.int64(0), np.cumsum(self.shard_sizes))
 
     def __reduce__(self) -> tuple[type[Index], tuple[Path]]:
         return Index, (self._folder,)  # another process maps the files again
@@ -77,10 +87,6 @@ class Index:
     def __str__(self) -> str:
         return f"{len(self.shard_names)} shards, {len(self)} samples, {self.num_masks} masks"
 
-    @property
-    def root(self) -> str:
-        return self._facts.root
-
     @cached_property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.load(self._facts.vocabulary)
@@ -89,31 +95,6 @@ class Index:
     def parquet(self) -> str:
         """The path or URL of the Parquet index that this one was made from."""
         return self._facts.vocabulary.removesuffix(VOCABULARY_NAME) + INDEX_NAME
-
-    @property
-    def shard_names(self) -> list[str]:
-        """Paths relative to `root`, or whole paths where the index lies elsewhere."""
-        return [*self._facts.shard_sizes]
-
-    @cached_property
-    def shard_sizes(self) -> NDArray[np.int64]:
-        """Samples per shard."""
-        return np.array([*self._facts.shard_sizes.values()], dtype=np.int64)
-
-    @cached_property
-    def shard_starts(self) -> NDArray[np.int64]:
-        """[num_shards + 1]: the first row of each shard, then the number of rows."""
-        return np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
-
-    @property
-    def num_masks(self) -> int:
-        """How many samples have a mask."""
-        return self._facts.num_masks
-
-    @property
-    def max_label(self) -> int:
-        """The highest local label, -1 if no sample has one."""
-        return self._facts.max_label
 
     @cached_property
     def _rows(self) -> pa.Table:
@@ -194,11 +175,7 @@ def _no_index(root: str, local: Path | None) -> ValueError:
 
 def _fingerprint(path: str) -> list[str]:
     """What changes when the file changes."""
-    local = files.local_path(path)
-    if local is not None:
-        status = local.stat()
-        return [str(status.st_size), str(status.st_mtime_ns)]
-    filesystem, remote = fsspec.core.url_to_fs(path)
-    info = filesystem.info(remote)
+    filesystem, inside = fsspec.core.url_to_fs(path)
+    info = filesystem.info(inside)
     names = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
     return [f"{name}={info[name]}" for name in names if name in info]

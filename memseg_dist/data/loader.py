@@ -41,8 +41,7 @@ def slots_of(rank: int, world_size: int, num_slots: int) -> list[SlotPlan]:
             f"{world_size} workers for {num_slots} slots: every worker needs at least one slot; "
             f"run at most {num_slots} workers or give the sources more slots"
         )
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} workers")
+    assert 0 <= rank < world_size
     own = range(rank * num_slots // world_size, (rank + 1) * num_slots // world_size)
     plans = [SlotPlan(slot, False) for slot in own]
     longest = -(-num_slots // world_size)
@@ -64,35 +63,25 @@ class _Requests(Sampler[_Request]):
         self.span = range(0)
         self._sources = [reader.source for reader in readers]
         self._orders = [_order(reader, seed) for reader in readers]
-        self._places = _places(self._sources)
+        # Per slot: its source, and which of that source's slots it is.
+        self._places = [(n, slot) for n, s in enumerate(self._sources) for slot in range(s.slots)]
 
     def __iter__(self) -> Iterator[_Request]:
         for step in self.span:
             for slot in self.slots:
-                yield self._request(step, slot)
-
-    def _request(self, step: int, slot: int) -> _Request:
-        number, slot_of_source = self._places[slot]
-        source = self._sources[number]
-        draws = self._orders[number].slot_samples(
-            step, slot_of_source, source.slots, source.batch_per_slot
-        )
-        return _Request(number, draws)
+                number, own_slot = self._places[slot]
+                source, order = self._sources[number], self._orders[number]
+                batch = source.batch_per_slot
+                yield _Request(number, order.slot_samples(step, own_slot, source.slots, batch))
 
     def __len__(self) -> int:
         return len(self.span) * len(self.slots)
 
 
-def _places(sources: Sequence[Source]) -> list[tuple[int, int]]:
-    """Per slot: (its source, which of that source's slots it is)."""
-    return [(number, slot) for number, source in enumerate(sources) for slot in range(source.slots)]
-
-
 def _order(reader: SourceReader, seed: int) -> BlockedOrder:
     source, index = reader.source, reader.index
-    repeats = None
-    if source.repeat_threshold is not None:
-        repeats = repeat_factors(index, source.repeat_threshold)
+    share = source.repeat_threshold
+    repeats = None if share is None else repeat_factors(index, share)
     order_seed = derive_seed(seed, "order", source.name)
     order = BlockedOrder(index.shard_sizes, order_seed, source.group, repeats)
     if len(order) < source.slots:

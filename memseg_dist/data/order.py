@@ -7,8 +7,7 @@ and a slot walks its segment of epoch 0, then its segment of epoch 1, and so on.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 Rows = NDArray[np.int64]
 Pair = tuple[Rows, Rows]
 
-_CACHED_NUMBERS = 1 << 22  # 32 MiB of orders at most (or one group, if that is larger)
+_CACHED_ROWS = 1 << 21  # 32 MiB of groups, if all are alike (or one group, if that is larger)
 
 
 class Draw(NamedTuple):
@@ -82,8 +81,9 @@ class BlockedOrder:
             pairs = zip(self._starts[:-1], self._starts[1:], strict=True)
             self._weights = np.array([repeats[a:b].sum(dtype=np.int64) for a, b in pairs])
         self._length = int(self._weights.sum())
-        self._epochs = _Recent(8 * len(shard_sizes))
-        self._groups = _Recent(_CACHED_NUMBERS)
+        per_group = max(1, self._length * group // len(shard_sizes))
+        self._epoch = lru_cache(8)(self._order_of_groups)
+        self._group = lru_cache(max(1, _CACHED_ROWS // per_group))(self._group_rows)
 
     def __len__(self) -> int:
         """Positions in an epoch."""
@@ -93,41 +93,30 @@ class BlockedOrder:
         """The sample at a position of an epoch's order."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of {len(self)}")
-        shards, ends = self._epoch(epoch)
+        ends = self._epoch(epoch)[1]
         number = int(np.searchsorted(ends, position, side="right"))
         place = position - (int(ends[number - 1]) if number else 0)
-        rows, copies = self._groups.get(
-            (epoch, number), lambda: self._group_rows(epoch, number, shards)
-        )
+        rows, copies = self._group(epoch, number)
         return Draw(int(rows[place]), epoch, int(copies[place]))
 
     def slot_samples(self, step: int, slot: int, num_slots: int, batch: int) -> list[Draw]:
         """The `batch` samples that slot `slot` of this source's `num_slots` sees at a step."""
         first = slot * len(self) // num_slots
         length = (slot + 1) * len(self) // num_slots - first
-        if length == 0:
-            raise ValueError(
-                f"{len(self)} samples cannot fill {num_slots} slots; give the source fewer slots"
-            )
+        assert length > 0, "the loader refuses more slots than samples"
         walked = range(step * batch, (step + 1) * batch)
         return [self.position(at // length, first + at % length) for at in walked]
 
-    def _epoch(self, epoch: int) -> Pair:
+    def _order_of_groups(self, epoch: int) -> Pair:
         """(shards in this epoch's order, the position at which each group ends)."""
+        shards = permutation(len(self._weights), derive_seed(self.seed, "shards", epoch))
+        ends = np.cumsum(self._weights[shards])
+        last = np.arange(self.group, len(shards) + self.group, self.group)
+        return shards, ends[np.minimum(last, len(shards)) - 1]
 
-        def make() -> Pair:
-            shards = permutation(len(self._weights), derive_seed(self.seed, "shards", epoch))
-            ends = np.cumsum(self._weights[shards])
-            last = np.minimum(
-                np.arange(self.group, len(shards) + self.group, self.group), len(shards)
-            )
-            return shards, ends[last - 1]
-
-        return self._epochs.get((epoch, 0), make)
-
-    def _group_rows(self, epoch: int, number: int, shards: Rows) -> Pair:
+    def _group_rows(self, epoch: int, number: int) -> Pair:
         """(rows, copies) of a group of shards, in this epoch's order."""
-        members = shards[number * self.group : (number + 1) * self.group]
+        members = self._epoch(epoch)[0][number * self.group : (number + 1) * self.group]
         rows = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in members])
         copies = np.zeros(len(rows), dtype=np.int64)
         if self.repeats is not None:
@@ -136,24 +125,6 @@ class BlockedOrder:
             copies = np.arange(len(rows)) - np.repeat(np.cumsum(times) - times, times)
         chosen = permutation(len(rows), derive_seed(self.seed, "group", epoch, number))
         return rows[chosen], copies[chosen]
-
-
-class _Recent:
-    """The most recently used pairs of arrays, bounded by their total length."""
-
-    def __init__(self, max_length: int) -> None:
-        self._max_length = max_length
-        self._values: OrderedDict[tuple[int, int], Pair] = OrderedDict()
-        self._length = 0
-
-    def get(self, key: tuple[int, int], make: Callable[[], Pair]) -> Pair:
-        if key not in self._values:
-            self._values[key] = make()
-            self._length += sum(map(len, self._values[key]))
-        self._values.move_to_end(key)
-        while self._length > self._max_length and len(self._values) > 1:
-            self._length -= sum(map(len, self._values.popitem(last=False)[1]))
-        return self._values[key]
 
 
 def repeat_factors(index: Index, threshold: float) -> NDArray[np.uint16]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.index import Index
-from memseg_dist.data.source import Source, excluded_id
+from memseg_dist.data.source import Source, kept_ids
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.layouts import Regions, image_id
 
@@ -25,14 +25,11 @@ def labelled_regions(
     seen: list[np.ndarray] = []
     for source in sources:
         index = Index.open(source.path, cache_dir)
-        to_union = label_space.ids(source.name)
-        excluded = [excluded_id(uid, source, label_space) for uid in source.exclude]
-        to_union = np.where(np.isin(to_union, excluded), IGNORE, to_union)
         of_image = np.diff(index.labels_offsets)
         ids = np.fromiter((image_id(key) for key in index.all_keys()), np.int64, len(index))
         _check_unique(ids[of_image > 0], index, source, seen)
         seen.append(ids[of_image > 0])
-        label = to_union[index.labels_values].astype(np.int64)
+        label = kept_ids(source, label_space)[index.labels_values].astype(np.int64)
         image = np.repeat(ids, of_image)
         pairs = np.stack([label, image], axis=1)[label != IGNORE]
         pairs = np.unique(pairs, axis=0)  # several names of a source may be one class

@@ -50,12 +50,6 @@ class Reader:
         """CorruptSample, naming shard, key and offset, if a member cannot be decoded."""
         row = self.index.row(number)
         image = self._decode(row, row.image_offset, row.image_size, row.image_format)
-        if tuple(image.shape[1:]) != (row.height, row.width):
-            raise CorruptSample(
-                f"{self._where(row, row.image_offset)}: the image is {image.shape[2]} x "
-                f"{image.shape[1]} pixels but the index says {row.width} x {row.height}; index the "
-                "shards again"
-            )
         mask = self._mask(row) if with_mask and row.mask_size else None
         return Decoded(image, mask, self._labels(row))
 
@@ -70,14 +64,9 @@ class Reader:
 
     def _mask(self, row: Row) -> Tensor:
         mask = self._decode(row, row.mask_offset, row.mask_size, "mask")
-        where = self._where(row, row.mask_offset)
-        if tuple(mask.shape) != (row.height, row.width):
-            raise CorruptSample(
-                f"{where}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels but its image is "
-                f"{row.width} x {row.height}; write masks at the image's size"
-            )
         highest = int(mask.max())
         if highest >= len(self._to_union):
+            where = self._where(row, row.mask_offset)
             raise CorruptSample(_outside(where, "mask value", highest, len(self._to_union)))
         return self._lookup[mask]  # int32 indices work; -1 is the last entry
 
@@ -96,7 +85,14 @@ class Reader:
                 "bytes are there; copy or write it again"
             )
         try:
-            return decode_mask(content) if kind == "mask" else decode_image(content, kind)
+            pixels = decode_mask(content) if kind == "mask" else decode_image(content, kind)
+            height, width = pixels.shape[-2:]
+            if (height, width) != (row.height, row.width):
+                raise CorruptSample(
+                    f"the {'mask' if kind == 'mask' else 'image'} is {width} x {height} pixels but "
+                    f"the index says {row.width} x {row.height}"
+                )
+            return pixels
         except CorruptSample as error:
             raise CorruptSample(
                 f"{self._where(row, offset)}: {error}; write the shard again without it, or set "

@@ -9,9 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE, UNREADABLE, Batch, Supervision, derive_seed
+from memseg_dist.checks import check_numbers, require
 from memseg_dist.data.augment import AugmentConfig, Augmented, augment
 from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.decode import CorruptSample
@@ -54,14 +56,11 @@ class Source:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
-        for name in ("slots", "batch_per_slot", "group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"source {self.name!r}: {name} is {getattr(self, name)}, not >= 1")
+        where, counts = f"source {self.name!r}: ", ("slots", "batch_per_slot", "group")
+        check_numbers(self, where, positive=counts)
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"source {self.name!r}: {name} is {getattr(self, name)!r}; choose of {known}"
-                )
+            value = getattr(self, name)
+            require(value in known, where + name, value, f"one of {known}")
         if self.supervision == "masks" and self.hide_mask:
             raise ValueError(
                 f"source {self.name!r}: supervision 'masks' with hide_mask; use 'labels' or 'none'"
@@ -83,12 +82,10 @@ class SourceReader:
     ) -> None:
         self.source = source
         self.index = Index.open(source.path, cache_dir)
-        to_union = label_space.ids(source.name)
-        check_source(source, self.index, len(to_union))
+        kept = kept_ids(source, label_space)
+        check_source(source, self.index, len(kept))
         if source.saliency is not None:
             check_has_saliency(source.saliency, self.index.key(0))
-        excluded = [excluded_id(uid, source, label_space) for uid in source.exclude]
-        kept = np.where(np.isin(to_union, excluded), IGNORE, to_union).astype(np.int32)
         self._reader = Reader(self.index, ShardCache(cache_dir / "shards", cache_bytes), kept)
         self._seed = seed
 
@@ -107,10 +104,9 @@ class SourceReader:
             crops.append(crop)
             labels.append(present)
             keys.append(key)
-        masks = None
+        masks = saliency = None
         if source.supervision == "masks":
             masks = torch.stack([known(crop.mask) for crop in crops]).long()
-        saliency = None
         if source.saliency is not None:
             saliency = torch.stack([known(crop.saliency) for crop in crops])
         return Batch(
@@ -179,8 +175,22 @@ def check_source(source: Source, index: Index, num_classes: int) -> None:
     index.check_shards()
 
 
-def excluded_id(uid: str, source: Source, label_space: LabelSpace) -> int:
+def kept_ids(source: Source, label_space: LabelSpace) -> NDArray[np.int32]:
+    """Local id -> label-space id of `source`, IGNORE for what it excludes.
+
+    ValueError for an excluded uid that the label space does not have.
+    """
+    ids = label_space.ids(source.name)
     try:
-        return label_space.vocabulary.index(uid)
+        excluded = [label_space.vocabulary.index(uid) for uid in source.exclude]
     except KeyError as error:
         raise ValueError(f"source {source.name!r}, exclude: {error.args[0]}") from error
+    return np.where(np.isin(ids, excluded), np.int32(IGNORE), ids)
+
+
+def supervised_ids(
+    sources: Sequence[Source], label_space: LabelSpace, *kinds: Supervision
+) -> NDArray[np.int64]:
+    """Label-space ids that sources with one of these supervisions have and keep, ascending."""
+    ids = [kept_ids(source, label_space) for source in sources if source.supervision in kinds]
+    return np.setdiff1d(np.concatenate([np.zeros(0, np.int64), *ids]), IGNORE)

@@ -101,10 +101,7 @@ class Vocabulary:
         return self._ids[uid]
 
     def to_json(self) -> dict[str, Any]:
-        categories = [
-            {"uid": item.uid, "name": item.name, "synonyms": list(item.synonyms)}
-            for item in self.categories
-        ]
+        categories = [{**vars(item), "synonyms": [*item.synonyms]} for item in self.categories]
         return {"format": VOCABULARY_FORMAT, "categories": categories}
 
     @classmethod
@@ -117,13 +114,13 @@ class Vocabulary:
             )
         categories = []
         for number, item in enumerate(value.get("categories", [])):
-            known = {"uid", "name", "synonyms"}
-            if not isinstance(item, Mapping) or not {"uid", "name"} <= set(item) <= known:
+            try:
+                categories.append(Category(**item))
+            except TypeError as error:
                 raise ValueError(
                     f"vocabulary {where}: category {number} is {item!r}; it must have uid, name "
                     "and, if any, synonyms"
-                )
-            categories.append(Category(item["uid"], item["name"], tuple(item.get("synonyms", ()))))
+                ) from error
         return cls(tuple(categories), origin)
 
     @classmethod

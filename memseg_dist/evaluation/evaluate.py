@@ -10,7 +10,7 @@ import difflib
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from memseg_dist.methods.method import Method, evaluation_mode
 
 Item = tuple[Tensor, Tensor, str, Sequence[int]]
 """image uint8 [3, Y, X]; truth int64 [H, W] of label-space ids or IGNORE; key; labels."""
-T = TypeVar("T")
 
 
 class EvaluationImages(Protocol):
@@ -91,9 +90,7 @@ def evaluated_classes(
     both = sorted(set(base) & set(novel))
     if both:
         raise ValueError(f"{both[0]!r} is given as a base and as a novel class; keep one")
-    group: dict[str, Group] = {}
-    group.update((uid, "base") for uid in base)
-    group.update((uid, "novel") for uid in novel)
+    group: dict[str, Group] = {**dict.fromkeys(base, "base"), **dict.fromkeys(novel, "novel")}
     return [
         EvaluatedClass(
             class_id=class_id,
@@ -124,18 +121,15 @@ def evaluate(
     Errors: ValueError for an empty set or class list, naming the image where a map does not fit.
     """
     started = time.monotonic()
-    num_images = len(dataset) if max_images is None else min(max_images, len(dataset))
-    if num_images == 0:
-        raise ValueError("nothing to evaluate: the validation set has no images")
+    num_images = image_count(dataset, max_images)
     metrics = SegmentationMetrics(len(classes), device)
     ids = torch.tensor([item.class_id for item in classes], device=device)
     with evaluation_mode(method):
-        for image, truth, key, _ in own_share(dataset, num_images, num_processes, show_progress):
-            image = image.to(device, non_blocking=True)
+        for image, truth, key in own_share(dataset, num_images, ids, num_processes, show_progress):
             out_size = (truth.shape[-2], truth.shape[-1])
             prediction = segment(method.predict, image, ids, inference, out_size)
             try:
-                metrics.update(prediction, to_evaluated(truth.to(device), ids))
+                metrics.update(prediction, truth)
             except ValueError as error:
                 raise ValueError(f"image {key!r}: {error}") from error
     scores = metrics.scores(classes)
@@ -150,21 +144,31 @@ def to_evaluated(truth: Tensor, class_ids: Tensor) -> Tensor:
     return torch.where(known, lookup[truth.clamp(0, len(lookup) - 1)], IGNORE)
 
 
+def image_count(dataset: EvaluationImages, max_images: int | None) -> int:
+    """How many images are looked at; ValueError if there is none."""
+    num_images = len(dataset) if max_images is None else min(max_images, len(dataset))
+    if num_images == 0:
+        raise ValueError("nothing to evaluate: the validation set has no images")
+    return num_images
+
+
 def own_share(
-    dataset: EvaluationImages, num_images: int, num_processes: int = 0, show_progress: bool = True
-) -> Iterator[Item]:
-    """This rank's images among the first `num_images`, with a progress bar on rank 0."""
+    dataset: EvaluationImages,
+    num_images: int,
+    class_ids: Tensor,
+    num_processes: int = 0,
+    show_progress: bool = True,
+) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """This rank's images among the first `num_images`, with a progress bar on rank 0.
+
+    Yields image, truth as positions in `class_ids` (both on its device), and key.
+    """
     indices = range(dist.rank(), num_images, dist.size())
     own: Any = Subset(dataset, indices)  # type: ignore[arg-type]
-    loader = DataLoader(own, batch_size=None, num_workers=num_processes, collate_fn=_identity)
-    yield from track(
-        loader,
-        description="evaluating",
-        total=len(indices),
-        console=Console(stderr=True),
-        disable=not show_progress or dist.rank() != 0,
-    )
-
-
-def _identity(item: T) -> T:
-    return item
+    loader = DataLoader(own, batch_size=None, num_workers=num_processes, collate_fn=tuple)
+    hidden, console = not show_progress or dist.rank() != 0, Console(stderr=True)
+    for image, truth, key, _ in track(
+        loader, "evaluating", len(indices), console=console, disable=hidden
+    ):
+        device = class_ids.device
+        yield image.to(device, non_blocking=True), to_evaluated(truth.to(device), class_ids), key

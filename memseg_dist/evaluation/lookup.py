@@ -10,7 +10,10 @@ from memseg_dist.data.vocabulary import Vocabulary, fold
 
 def find_classes(vocabulary: Vocabulary, wanted: Sequence[str]) -> list[int]:
     """The ids of `wanted`, in that order, each once. ValueError for an unknown or unclear one."""
-    index = _by_spelling(vocabulary)
+    index: dict[str, list[int]] = {}
+    for class_id, category in enumerate(vocabulary.categories):
+        for spelling in category.spellings():
+            index.setdefault(spelling, []).append(class_id)
     return list(dict.fromkeys(_find(vocabulary, index, text.strip()) for text in wanted))
 
 
@@ -31,11 +34,3 @@ def _find(vocabulary: Vocabulary, index: dict[str, list[int]], text: str) -> int
     raise ValueError(
         f"{text!r} is no uid, name or synonym of the {len(vocabulary)} known classes{hint}"
     )
-
-
-def _by_spelling(vocabulary: Vocabulary) -> dict[str, list[int]]:
-    index: dict[str, list[int]] = {}
-    for class_id, category in enumerate(vocabulary.categories):
-        for spelling in category.spellings():
-            index.setdefault(spelling, []).append(class_id)
-    return index

@@ -6,6 +6,7 @@ Three int64 vectors of K are kept, never a K x K matrix; ranks add theirs once, 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -82,7 +83,7 @@ class SegmentationScores:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a nan becomes None, since JSON has no nan."""
-        return _without_nan(asdict(self))
+        return json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """What a tracker plots: finite numbers only, e.g. {"miou_novel": 20.8}."""
@@ -160,15 +161,13 @@ class SegmentationMetrics:
         predicted = unions - target + intersections
         rows = tuple(
             ClassScore(
-                uid=item.uid,
-                name=item.name,
-                group=item.group,
-                bucket=None if item.training_images is None else bucket(item.training_images),
-                iou=iou[index],
-                pixels=int(target[index]),
-                predicted_pixels=int(predicted[index]),
+                item.uid,
+                item.name,
+                item.group,
+                None if item.training_images is None else bucket(item.training_images),
+                *figures,
             )
-            for index, item in enumerate(classes)
+            for item, *figures in zip(classes, iou, target.tolist(), predicted.tolist())
         )
         groups = {"all": group_score(rows)}
         if any(row.group is not None for row in rows):
@@ -186,11 +185,3 @@ def group_score(rows: Sequence[ClassScore]) -> GroupScore:
     present = [row.iou for row in rows if not math.isnan(row.iou)]
     miou = 100 * sum(present) / len(present) if present else math.nan
     return GroupScore(miou, len(rows), len(rows) - len(present))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -23,11 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE, derive_seed
-from memseg_dist.evaluation.evaluate import (
-    EvaluationImages,
-    own_share,
-    to_evaluated,
-)
+from memseg_dist.evaluation.evaluate import EvaluationImages, image_count, own_share
 from memseg_dist.evaluation.metrics import EvaluatedClass, SegmentationMetrics, SegmentationScores
 from memseg_dist.methods.method import Method, evaluation_mode
 from memseg_dist.nn.resize import interpolation_matrix, padded_size, upsample
@@ -44,14 +40,12 @@ class PrototypeProbeResult:
     num_points: int
 
     def mean(self, group: str = "all") -> float:
-        return float(np.mean(self._values(group)))
+        """nan where no class of the group was shown."""
+        return float(np.mean([run.miou(group) for run in self.runs]))
 
     def std(self, group: str = "all") -> float:
-        return float(np.std(self._values(group), ddof=1)) if len(self.runs) > 1 else 0.0
-
-    def _values(self, group: str) -> list[float]:
-        """Per run; nan where no class of the group was shown."""
-        return [run.miou(group) for run in self.runs]
+        values = [run.miou(group) for run in self.runs]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     def to_json(self) -> dict[str, Any]:
         groups = {
@@ -83,16 +77,13 @@ def probe_prototypes(
     """Every image once, whole; `num_runs` draws of the points. A collective."""
     if num_points < 1 or num_runs < 1:
         raise ValueError(f"num_points {num_points} and num_runs {num_runs} must be 1 or more")
-    num_images = len(dataset) if max_images is None else min(max_images, len(dataset))
-    if num_images == 0:
-        raise ValueError("nothing to evaluate: the validation set has no images")
+    num_images = image_count(dataset, max_images)
     metrics = [SegmentationMetrics(len(classes), device) for _ in range(num_runs)]
     ids = torch.tensor([item.class_id for item in classes], device=device)
     with evaluation_mode(method):
-        for image, truth, key, _ in own_share(dataset, num_images, num_processes, show_progress):
-            features = method.embed(image[None].to(device))[0].float()
+        for image, target, key in own_share(dataset, num_images, ids, num_processes, show_progress):
+            features = method.embed(image[None])[0].float()
             size = (image.shape[-2], image.shape[-1])
-            target = to_evaluated(truth.to(device), ids)
             with torch.autocast(features.device.type, enabled=False):
                 norm = upsampled_norm(features, size)
                 for run, metric in enumerate(metrics):

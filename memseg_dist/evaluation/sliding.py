@@ -73,7 +73,9 @@ def windows(size: tuple[int, int], window: int, stride: int) -> list[Window]:
             f"stride {stride} with window {window}: the stride must be from 1 to the window's "
             "size, else pixels between two windows would have no prediction"
         )
-    rows, columns = (_starts(length, window, stride) for length in size)
+    rows, columns = (
+        [*range(0, max(length - window, 0), stride), max(length - window, 0)] for length in size
+    )
     return [
         Window(top, left, min(top + window, size[0]), min(left + window, size[1]))
         for top in rows
@@ -225,8 +227,3 @@ def _chunk_size(
     comparison = 6 * math.prod(out_size)  # a chunk's maximum, its int64 index, their merged copies
     left = memory_bytes // 4 - block - comparison
     return max(1, min(MATMUL_CLASSES, left // per_class))
-
-
-def _starts(length: int, window: int, stride: int) -> list[int]:
-    last = max(length - window, 0)
-    return [*range(0, last, stride), last]

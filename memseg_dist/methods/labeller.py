@@ -52,20 +52,15 @@ class Labelled:
 
 
 class LabellingModel(Protocol):
-    """A checkpoint as a labeller sees it; what is costly is opened when it is first asked for."""
+    """A checkpoint as a labeller sees it; what is costly is opened when it is first asked for.
 
-    @property
-    def path(self) -> str:
-        """The checkpoint, for messages."""
-        ...
+    path: the checkpoint, for messages. trained: label-space ids that some source supervised,
+    ascending.
+    """
 
-    @property
-    def label_space(self) -> LabelSpace: ...
-
-    @property
-    def trained(self) -> NDArray[np.int64]:
-        """Label-space ids that some source supervised, ascending."""
-        ...
+    path: str
+    label_space: LabelSpace
+    trained: NDArray[np.int64]
 
     @property
     def method(self) -> Method:

@@ -9,9 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from memseg_dist.data.index import Index
 from memseg_dist.data.pairs import labelled_regions, steps_per_epoch
-from memseg_dist.data.source import Source, excluded_id
+from memseg_dist.data.source import Source, kept_ids
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.layouts import Regions
 from memseg_dist.nn.backbone import Backbone, BackboneConfig, build_backbone
@@ -75,10 +74,7 @@ class Setup:
         """Steps in which the images of the longest source are seen once."""
         return steps_per_epoch(self.sources, self.cache_dir)
 
-    def index(self, source: Source) -> Index:
-        return Index.open(source.path, self.cache_dir)
-
     def _is_kept(self, source: Source) -> np.ndarray:
         """Which of the source's classes take part: an excluded one must not even be a negative."""
-        excluded = [excluded_id(uid, source, self.label_space) for uid in source.exclude]
-        return ~np.isin(self.label_space.classes(source.name), excluded)
+        kept = kept_ids(source, self.label_space)
+        return np.isin(self.label_space.classes(source.name), kept)

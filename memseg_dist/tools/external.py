@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,18 +33,19 @@ from memseg_dist.tools.shards import sample_row, write_parquet
 
 
 def index_external(
-    shards: str | Path | Sequence[str | Path],
+    shards: str | Path,
     vocabulary: Vocabulary | None = None,
     into: str | Path | None = None,
 ) -> Path:
     """Write `index.parquet` and `vocabulary.json` for tars without one; the index's path.
 
-    shards: a folder or URL that holds `*.tar`, or a list of tars in one folder. into: where to
-    write, the shards' own folder by default; an index elsewhere names them by their whole paths.
+    shards: a folder or URL that holds `*.tar`. into: where to write, the shards' own folder by
+    default; an index elsewhere names them by their whole paths.
     Without a vocabulary (nor a `vocabulary.json` there) classes get uids of the folder's name and
     their number.
     """
-    root, names = _root_and_names(shards)
+    root = files.check_path(shards)
+    names = _shard_names(root)
     if not names:
         raise ValueError(f"{root}: no {INDEX_NAME} and no *.tar in it; check the path")
     if vocabulary is None and files.exists(files.join(root, VOCABULARY_NAME)):
@@ -92,22 +93,14 @@ def ensure_indexed(paths: Iterable[str | Path], cache_dir: str | Path | None = N
                 index_external(root, into=folder)
 
 
-def _root_and_names(shards: str | Path | Sequence[str | Path]) -> tuple[str, list[str]]:
-    if not isinstance(shards, (str, Path)):
-        paths = sorted(files.check_path(shard) for shard in shards)
-        roots = {path.rpartition("/")[0] for path in paths}
-        if len(roots) != 1:
-            raise ValueError(
-                f"shards lie in {len(roots)} folders: {sorted(roots)}; give one folder"
-            )
-        return roots.pop() or ".", [path.rpartition("/")[2] for path in paths]
-    root = files.check_path(shards)
+def _shard_names(root: str) -> list[str]:
+    """Of all tars below a local folder, or directly in a remote one."""
     local = files.local_path(root)
     if local is not None:
-        return str(local), sorted(str(path.relative_to(local)) for path in local.rglob("*.tar"))
+        return sorted(str(path.relative_to(local)) for path in local.rglob("*.tar"))
     filesystem, remote = fsspec.core.url_to_fs(root)
     found = filesystem.glob(f"{remote.rstrip('/')}/*.tar")
-    return root, sorted(str(path).rpartition("/")[2] for path in found)
+    return sorted(str(path).rpartition("/")[2] for path in found)
 
 
 def _numbered(name: str, num_classes: int) -> Vocabulary:

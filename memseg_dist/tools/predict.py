@@ -73,27 +73,18 @@ def write_prediction(
     root, name = make_folder(folder), Path(path).stem
     ids, counts = label_map.unique(return_counts=True)
     areas = sorted(zip(ids.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1])
-    classes = [
-        {
-            "id": class_id,
-            "uid": vocabulary.uids[class_id],
-            "name": vocabulary.names[class_id],
-            "pixels": pixels,
-            "share": pixels / label_map.numel(),
-        }
-        for class_id, pixels in areas
-    ]
-    height, width = label_map.shape
+    uids, names, labels = vocabulary.uids, vocabulary.names, label_map.numpy()
+    keys = ("id", "uid", "name", "pixels", "share")
+    rows = [(i, uids[i], names[i], pixels, pixels / labels.size) for i, pixels in areas]
     report = {
         "image": str(path),
-        "width": width,
-        "height": height,
+        "width": labels.shape[1],
+        "height": labels.shape[0],
         "labels": f"{name}.labels.png",
         "overlay": f"{name}.overlay.png",
-        "classes": classes,
+        "classes": [dict(zip(keys, row, strict=True)) for row in rows],
     }
-    labels = label_map.numpy()
-    picture = overlay(image.permute(1, 2, 0).numpy(), labels, vocabulary.names)
+    picture = overlay(image.permute(1, 2, 0).numpy(), labels, names)
     try:
         (root / f"{name}.labels.png").write_bytes(encode_mask(labels.astype(np.uint16)))
         picture.save(root / f"{name}.overlay.png")

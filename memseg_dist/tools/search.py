@@ -1,8 +1,7 @@
 """Nearest neighbours in a published bank, by cosine, with FAISS.
 
     rows = PublishedRows.open("runs/bank")              # what `ShardedRows.publish` wrote
-    search = RowSearch(rows)
-    search.nearest(queries, num_neighbours=10)          # per query a list of Neighbour
+    rows.nearest(queries, num_neighbours=10)            # per query a list of Neighbour
 
 Shape letters: R published rows, C classes with rows, D channels, Q queries.
 """
@@ -79,32 +78,24 @@ class PublishedRows:
             raise ValueError(f"the bank has no rows of class {uid!r}: it is cold, or not a class")
         return chosen
 
-
-class RowSearch:
-    """An exact inner-product index over unit-length copies of the rows."""
-
-    def __init__(self, rows: PublishedRows) -> None:
-        import faiss
-
-        self.rows = rows
-        self._index = faiss.IndexFlatIP(rows.vectors.shape[1])
-        self._index.add(_unit(rows.vectors))
-
     def nearest(self, queries: NDArray[np.float32], num_neighbours: int) -> list[list[Neighbour]]:
         """queries [Q, D], of any length -> per query its neighbours, the nearest first.
 
         ValueError if D is not the bank's, or num_neighbours is not positive.
         """
-        dim = self.rows.vectors.shape[1]
+        import faiss
+
+        dim = self.vectors.shape[1]
         if queries.ndim != 2 or queries.shape[1] != dim:
             raise ValueError(f"queries {queries.shape} for a bank of {dim} channels")
         if num_neighbours < 1:
             raise ValueError(f"num_neighbours is {num_neighbours}; it must be 1 or more")
-        count = min(num_neighbours, len(self.rows.uids))
-        cosines, found = self._index.search(_unit(queries), count)
+        index = faiss.IndexFlatIP(dim)
+        index.add(_unit(self.vectors))
+        cosines, found = index.search(_unit(queries), min(num_neighbours, len(self.uids)))
         return [
             [
-                Neighbour(str(self.rows.uids[row]), int(self.rows.positions[row]), float(cosine))
+                Neighbour(str(self.uids[row]), int(self.positions[row]), float(cosine))
                 for row, cosine in zip(line, values, strict=True)
             ]
             for line, values in zip(found, cosines, strict=True)

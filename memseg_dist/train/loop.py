@@ -8,11 +8,14 @@ data -> method.before_step -> engine(slot) for this rank's slots -> engine.step
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from memseg_dist import dist
 from memseg_dist.assemble import build_label_space, build_method
-from memseg_dist.batch import Clock
+from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import RunConfig
 from memseg_dist.data.files import join
 from memseg_dist.data.loader import TrainLoader
@@ -62,9 +65,8 @@ def _train(
     method = build_method(config, label_space, context.device)
     engine = engine_factory(method, config, context.device)
     method.train()
-    validate = None
-    if config.validation is not None:
-        validate = Validator(config, label_space, context.device, draw)
+    device = context.device
+    validate = Validator(config, label_space, device, draw) if config.validation else None
     loader = build_loader(config, label_space, context)
     done, checkpoint = resume(config, engine, method, label_space)
     record = Recorder(config, context, tracker, done)
@@ -84,15 +86,8 @@ def _train(
         step_clock = Clock(
             done, num_slots=config.num_slots, seed=config.seed, num_steps=config.steps
         )
-        slots = [(batch.to(context.device), clock) for batch, clock in slots]
-        method.before_step(slots, step_clock)
-        for batch, clock in slots:
-            losses = engine(batch, clock)
-            engine.backward(sum(losses.values()), clock)  # type: ignore[arg-type]
-            meter.add_slot(batch, clock, losses)
-        grad_norm = engine.step(lr)
-        commit_statistics(method)
-        method.after_step(step_clock)
+        slots = [(batch.to(device), clock) for batch, clock in slots]
+        grad_norm = train_step(method, engine, slots, lr, step_clock, meter)
         meter.add_step(done, grad_norm, waited)
         done += 1
 
@@ -103,15 +98,9 @@ def _train(
             # the line first: a run that goes on from the checkpoint does not make it again
             record(done, {"lr": lr, **meter.read(), **method.summary(step_clock)})
         if saves:
-            checkpoint = save(
-                join(config.directory, "checkpoints"),
-                done,
-                engine,
-                method.state(),
-                config,
-                label_space,
-                keep=every.keep_checkpoints,
-            )
+            folder, state = join(config.directory, "checkpoints"), method.state()
+            keep = every.keep_checkpoints
+            checkpoint = save(folder, done, engine, state, config, label_space, keep=keep)
             context.report(record.last, checkpoint)
         if is_stopping:
             break
@@ -122,6 +111,26 @@ def _train(
 
     status = "stopped" if is_stopping else "finished"
     return {**record.last, "status": status, "step": done, "checkpoint": checkpoint}
+
+
+def train_step(
+    method: Method,
+    engine: Engine,
+    slots: Sequence[tuple[Batch, Clock]],
+    lr: float,
+    clock: Clock,
+    meter: Meter,
+) -> Tensor:
+    """One optimizer step over this rank's slots: the gradient's norm, []. Collective."""
+    method.before_step(slots, clock)
+    for batch, slot_clock in slots:
+        losses = engine(batch, slot_clock)
+        engine.backward(sum(losses.values()), slot_clock)  # type: ignore[arg-type]
+        meter.add_slot(batch, slot_clock, losses)
+    grad_norm = engine.step(lr)
+    commit_statistics(method)
+    method.after_step(clock)
+    return grad_norm
 
 
 def build_loader(config: RunConfig, label_space: LabelSpace, context: Context) -> TrainLoader:

@@ -467,3 +467,13 @@ def test_sizes_are_checked():
     bank = ShardedRows(Rings(3, 2), Overwrite(), 4)
     with pytest.raises(AssertionError):
         bank.propose([3], torch.zeros(1, 4), Clock(0))
+
+
+@pytest.mark.parametrize("rule", [Overwrite(), Momentum(0.5), Maximum(), WeightedMean(0.5)])
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_an_event_of_no_positive_weight_is_not_written(rule, weight):
+    bank = ShardedRows(OnePerClass(2), rule, 3)
+    for step, weights in enumerate(([1.0, weight], [weight, weight])):
+        bank.propose([0, 1], torch.ones(2, 3), Clock(step), weight=torch.tensor(weights))
+        bank.commit(Clock(step))
+    assert bank.updates.tolist() == [1, 0] and bank.rows.tolist() == [[1.0] * 3, [0.0] * 3]

@@ -25,11 +25,12 @@ from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import EngineConfig, OptimizerConfig, RunConfig, from_json, to_json
 from memseg_dist.data.loader import Source, TrainLoader
 from memseg_dist.methods.method import Method, MethodConfig
-from memseg_dist.nn.batchnorm import commit_statistics
 from memseg_dist.train import loop
 from memseg_dist.train.checkpoint import Checkpoint
-from memseg_dist.train.engine import TorchEngine, slot_forward
+from memseg_dist.train.engine import TorchEngine
 from memseg_dist.train.load_model import load_model
+from memseg_dist.train.loop import train_step
+from memseg_dist.train.meters import Meter
 from memseg_dist.train.optim import build_optimizer
 from memseg_dist.train.platform import Tracker
 
@@ -148,30 +149,19 @@ class MethodContract:
         assert set(rates.values()) > {0.1}
 
     def test_a_step_never_waits_for_the_device(self, data, tmp_path):
-        """Forward, backward, update, commit and what surrounds them, on a pretended accelerator."""
+        """`train_step` as the loop calls it, on a pretended accelerator."""
         config = self.config(data, tmp_path)
         first = config.steps - 3  # where every loss is on and no clustering is due
         with pretended_device() as device:
             method = build_method(config, build_label_space(config), device)
             method.train()
-            optimizer = build_optimizer(method, config.optimizer)
+            engine, meter = TorchEngine(method, config, device), Meter()
             for step in (first, first + 1):  # in the first, constants are made
                 slots = [(batch.to(device), clock) for batch, clock in self.slots(config, step)]
+                whole = dataclasses.replace(slots[0][1], slot=0)
                 with no_host_sync() if step > first else nullcontext():
-                    self.step(method, optimizer, slots)
+                    train_step(method, engine, slots, 0.01, whole, meter)
             assert all(memory.is_set.any() for memory in method.state().values())
-
-    def step(self, method: Method, optimizer: torch.optim.Optimizer, slots) -> None:
-        whole = dataclasses.replace(slots[0][1], slot=0)
-        method.before_step(slots, whole)
-        for batch, clock in slots:
-            with slot_forward(method, clock):
-                losses = method(batch, clock)
-            sum(losses.values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        commit_statistics(method)
-        method.after_step(whole)
 
     # ---------------------------------------------------------------- runs
 

@@ -16,9 +16,11 @@ from torch import nn
 from train.shards import larvseg_config, write_squares
 from train.test_loop import Here
 
+from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import IGNORE, Batch, Clock
 from memseg_dist.config import EngineConfig, OptimizerConfig, from_json, to_json
 from memseg_dist.methods.segment import Segment, SegmentConfig
+from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.nn.deeplab import DeepLabV2Head
 from memseg_dist.train import loop
 from memseg_dist.train.engine import TorchEngine
@@ -123,7 +125,18 @@ def test_nothing_labelled_costs_nothing(config):
     assert all(not parameter.grad.any() for parameter in method.parameters())
 
 
-def test_a_source_without_masks_or_of_another_name_is_named():
+def test_a_source_without_masks_is_refused_before_the_first_step(tmp_path):
+    write_squares(tmp_path / "weak", 8, 4, with_masks=False)
+    whole = larvseg_config(tmp_path, tmp_path / "out")
+    config = dataclasses.replace(
+        whole, sources=whole.sources[1:], validation=None, method=SegmentConfig()
+    )
+    with pytest.raises(ValueError, match=r"source 'weak' has supervision 'labels'.*use 'masks'"):
+        build_method(config, build_label_space(config))
+    build_method(config, build_label_space(config), for_training=False)
+
+
+def test_a_source_of_another_name_is_named():
     method = build(HEADS[0])
     with pytest.raises(ValueError, match=r"source 'other' is not one of \['masks'\]"):
         method(batch(random_masks(), "other"), Clock(0))
@@ -152,3 +165,7 @@ def test_a_run_learns(tmp_path, head):
 class TestContract(MethodContract):
     method = SegmentConfig(rates=(1, 2))
     losses = {"masks": {"seg"}}
+
+
+class TestContractWithBatchNorm(TestContract):
+    changes = {"backbone": BackboneConfig("test_resnet", output_stride=8, drop_path=0.0)}

@@ -11,7 +11,7 @@ from memseg_dist.memory.layouts import Rings
 from memseg_dist.memory.means import ClassMeans
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.memory.rules import Overwrite
-from memseg_dist.tools.search import PublishedRows, RowSearch
+from memseg_dist.tools.search import PublishedRows
 
 UIDS = ["n1", "n2", "n3"]
 
@@ -51,7 +51,7 @@ def test_nearest_is_the_largest_cosine(published):
     queries = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32) * 30
     unit = rows.vectors / np.linalg.norm(rows.vectors, axis=1, keepdims=True)
     cosine = queries @ unit.T / np.linalg.norm(queries, axis=1, keepdims=True)
-    for query, found in enumerate(RowSearch(rows).nearest(queries, 3)):
+    for query, found in enumerate(rows.nearest(queries, 3)):
         order = np.argsort(-cosine[query])[:3]
         assert [(item.uid, item.position) for item in found] == [
             (rows.uids[row], rows.positions[row]) for row in order
@@ -61,7 +61,7 @@ def test_nearest_is_the_largest_cosine(published):
 
 def test_a_row_finds_itself_and_never_more_than_there_are(published):
     rows = PublishedRows.open(published[0])
-    found = RowSearch(rows).nearest(rows.of_class("n3"), 100)
+    found = rows.nearest(rows.of_class("n3"), 100)
     assert [item.position for item in (found[0][0], found[1][0])] == [0, 1]
     assert len(found[0]) == 4 and found[0][0].cosine == pytest.approx(1, abs=1e-5)
 
@@ -71,7 +71,7 @@ def test_errors_name_what_is_wrong(published, tmp_path):
     with pytest.raises(ValueError, match="no rows of class 'n2'"):
         rows.of_class("n2")
     with pytest.raises(ValueError, match="bank of 4 channels"):
-        RowSearch(rows).nearest(np.zeros((1, 5), np.float32), 1)
+        rows.nearest(np.zeros((1, 5), np.float32), 1)
     with pytest.raises(ValueError, match="no published bank"):
         PublishedRows.open(tmp_path / "nowhere")
     ShardedRows(Rings(3, 2), Overwrite(), 4).publish(tmp_path / "empty", UIDS)

@@ -1,7 +1,4 @@
-"""What a run shows of itself: panels of a few validation images, and charts of its memories.
-
-matplotlib's canvas is used directly: nothing global is set, and no display is needed.
-"""
+"""What a run shows of itself: panels of a few validation images, and charts of its memories."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,7 +19,7 @@ from memseg_dist.evaluation.metrics import EvaluatedClass
 from memseg_dist.evaluation.sliding import SLIDE, Inference, segment
 from memseg_dist.methods.method import Method, evaluation_mode
 from memseg_dist.nn.resize import upsample_positions
-from memseg_dist.tools.pictures.panels import Pixels, panel
+from memseg_dist.tools.pictures.panels import Pixels, panel, to_pixels
 
 SEARCHED_PER_PANEL = 25
 """How many images are looked at, per panel wanted, for one that shows a novel class."""
@@ -101,22 +97,19 @@ def choose_images(
     """(image, class in focus) pairs: indices into `dataset` and `classes`. Deterministic."""
     ids = torch.tensor([item.class_id for item in classes])
     novel = {index for index, item in enumerate(classes) if item.group == "novel"}
-    fresh: list[tuple[int, int]] = []
-    repeated: list[tuple[int, int]] = []
-    plain: list[tuple[int, int]] = []
+    found: list[tuple[int, int, int]] = []
+    unseen = set(novel)  # novel classes that were in no focus yet
     for index in range(min(len(dataset), num_panels * SEARCHED_PER_PANEL)):
-        if len(fresh) >= num_panels:
+        if len(novel - unseen) >= num_panels:
             break
         shown = _largest_first(to_evaluated(dataset[index][1], ids))
-        shown_novel = [class_index for class_index in shown if class_index in novel]
-        unseen = [item for item in shown_novel if item not in {focus for _, focus in fresh}]
-        if unseen:
-            fresh.append((index, unseen[0]))
-        elif shown_novel:
-            repeated.append((index, shown_novel[0]))
-        elif shown:
-            plain.append((index, shown[0]))
-    return [*fresh, *repeated, *plain][:num_panels]
+        ranked = [(focus not in unseen) + (focus not in novel) for focus in shown]
+        if shown:
+            rank = min(ranked)
+            focus = shown[ranked.index(rank)]
+            found.append((rank, index, focus))
+            unseen.discard(focus)
+    return [(index, focus) for _, index, focus in sorted(found)[:num_panels]]
 
 
 def _largest_first(truth: Tensor) -> list[int]:
@@ -136,7 +129,6 @@ def draw_chart(title: str, values: NDArray[np.floating]) -> Pixels:
     is_finite = np.isfinite(values)
     num_missing = int((~is_finite).sum())
     figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(f"{title}  ({num_missing} not finite)" if num_missing else title, fontsize=10)
     axes.tick_params(labelsize=8)
@@ -148,5 +140,4 @@ def draw_chart(title: str, values: NDArray[np.floating]) -> Pixels:
         axes.hist(values[is_finite], bins=64)
         axes.set_xlabel("value", fontsize=8)
         axes.set_ylabel(f"how many of {len(values):,}", fontsize=8)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return to_pixels(figure)

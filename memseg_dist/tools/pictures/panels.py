@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
+from itertools import count
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from memseg_dist.batch import IGNORE
 
@@ -22,16 +26,16 @@ Pixels = NDArray[np.uint8]
 LabelMap = NDArray[np.integer]
 Names = Mapping[int, str] | Sequence[str]
 Color = tuple[int, int, int]
-LegendRow = tuple[Color | None, str]
+LegendRow = tuple[Color, str]
 
 NUM_STABLE_COLORS = 64
 PANEL_HEIGHT = 320
 TITLE_HEIGHT = 26
+DPI = 100
 LEGEND_WIDTH = 230
 LEGEND_ROW = 22
 MARGIN = 8
-INK, PAPER = (30, 30, 30), (255, 255, 255)
-IGNORED = np.array([[205, 205, 205], [150, 150, 150]], dtype=np.uint8)
+PAPER, IGNORED, HATCHED = (255, 255, 255), (205, 205, 205), (150, 150, 150)
 
 
 def class_colors(class_ids: Collection[int]) -> dict[int, Color]:
@@ -41,33 +45,25 @@ def class_colors(class_ids: Collection[int]) -> dict[int, Color]:
     colors = palette(num_colors)
     taken: dict[int, int] = {}
     for class_id in ids:
-        position = class_id % num_colors
-        while position in taken:
-            position = (position + 1) % num_colors
-        taken[position] = class_id
+        free = (number % num_colors for number in count(class_id))
+        taken[next(position for position in free if position not in taken)] = class_id
     return {class_id: tuple(colors[position].tolist()) for position, class_id in taken.items()}
 
 
 @lru_cache(maxsize=8)
 def palette(num_colors: int) -> Pixels:
-    """[num_colors, 3] RGB colours, each as far as can be from those before it, and none grey."""
-    levels = np.linspace(0, 255, max(9, int(np.ceil(num_colors ** (1 / 3))) * 2)).round()
-    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    grid = grid[(np.ptp(grid, axis=1) > 60) & (grid.mean(axis=1) > 60)]
-    if len(grid) < num_colors:
-        raise ValueError(f"no {num_colors} distinct colours; show fewer classes in one picture")
-    chosen = [int(np.ptp(grid, axis=1).argmax())]
-    distance = np.full(len(grid), np.inf)
-    for _ in range(num_colors - 1):
-        distance = np.minimum(distance, np.square(grid - grid[chosen[-1]]).sum(axis=1))
-        chosen.append(int(distance.argmax()))
-    return grid[chosen].astype(np.uint8)
+    """[num_colors, 3] RGB colours, distinct, those after each other far apart, and none grey."""
+    number = np.arange(num_colors)
+    hue = number * 0.618034 % 1  # the golden section never comes back to a hue
+    value = np.array([1.0, 0.45, 0.75])[number % 3]
+    hsv = np.stack([hue, np.where(number % 2, 1.0, 0.8), value], axis=-1)
+    return (255 * matplotlib.colors.hsv_to_rgb(hsv)).round().astype(np.uint8)
 
 
 def colorize(label_map: LabelMap, colors: Mapping[int, Color]) -> Pixels:
     """uint8 [H, W, 3]; IGNORE is hatched grey."""
     row, column = np.indices(label_map.shape)
-    result = IGNORED[((row + column) // 6) % 2]
+    result = np.array([IGNORED, HATCHED], dtype=np.uint8)[((row + column) // 6) % 2]
     for class_id, color in colors.items():
         result[label_map == class_id] = color
     return result
@@ -82,9 +78,9 @@ def overlay(
     """
     _check_sizes(image, label_map, "label map")
     colors = class_colors(np.unique(label_map).tolist())
-    painted = Image.fromarray(_blend(image, label_map, colors, alpha))
     rows = _legend(label_map, names, colors, max_rows, with_share=True)
-    return _side_by_side([("", painted)], rows, top=0, gap=0)
+    tiles = {"": _blend(image, label_map, colors, alpha)}
+    return Image.fromarray(_side_by_side(tiles, rows, top=0, gap=0))
 
 
 def panel(
@@ -112,12 +108,12 @@ def panel(
     tiles |= {title: _blend(image, values, colors, 0.75) for title, values in label_maps.items()}
     tiles |= {title: heatmap(image, values) for title, values in maps.items()}
     size = (max(1, round(image.shape[1] * height / image.shape[0])), height)
-    resized = [
-        (title, Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    resized = {
+        title: np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
         for title, pixels in tiles.items()
-    ]
+    }
     rows = _legend(shown, names, colors, max_rows, with_share=False)
-    return np.asarray(_side_by_side(resized, rows, top=TITLE_HEIGHT, gap=MARGIN))
+    return _side_by_side(resized, rows, top=TITLE_HEIGHT, gap=MARGIN)
 
 
 def heatmap(image: Pixels, values: NDArray[np.floating], alpha: float = 0.65) -> Pixels:
@@ -128,26 +124,31 @@ def heatmap(image: Pixels, values: NDArray[np.floating], alpha: float = 0.65) ->
 
 
 def _side_by_side(
-    tiles: Sequence[tuple[str, Image.Image]], legend: Sequence[LegendRow], top: int, gap: int
-) -> Image.Image:
-    width, height = tiles[0][1].size
-    height = top + max(height, len(legend) * LEGEND_ROW + MARGIN)
-    canvas = Image.new("RGB", (len(tiles) * (width + gap) + LEGEND_WIDTH, height), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    for number, (title, tile) in enumerate(tiles):
-        left = number * (width + gap)
-        draw.text((left + 2, 5), _fit(title, width - 4), fill=INK, font=_font())
-        canvas.paste(tile, (left, top))
-    left, side = len(tiles) * (width + gap) + MARGIN, LEGEND_ROW - 6
-    for number, (color, text) in enumerate(legend):
-        y = max(top, MARGIN) + number * LEGEND_ROW
-        if color is None:
-            swatch = colorize(np.full((side, side), IGNORE), {})
-            canvas.paste(Image.fromarray(swatch), (left, y))
-        else:
-            draw.rectangle((left, y, left + side - 1, y + side - 1), fill=color)
-        draw.text((left + side + 8, y), text, fill=INK, font=_font())
-    return canvas
+    tiles: Mapping[str, Pixels], legend: Sequence[LegendRow], top: int, gap: int
+) -> Pixels:
+    """Tiles of one size by title, pixel for pixel, and the legend at the right."""
+    tile_height, tile_width = next(iter(tiles.values())).shape[:2]
+    height = top + max(tile_height, len(legend) * LEGEND_ROW + MARGIN)
+    width = len(tiles) * (tile_width + gap) + LEGEND_WIDTH
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    for number, (title, tile) in enumerate(tiles.items()):
+        left = number * (tile_width + gap)
+        figure.figimage(tile, left, height - top - tile_height)
+        text = _fit(title, tile_width // 7)
+        figure.text(left / width, 1 - 4 / height, text, va="top", fontsize=9)
+    patches = [Patch(color=f"#{bytes(color).hex()}", label=text) for color, text in legend]
+    corner = (1 - LEGEND_WIDTH / width, 1 - top / height)
+    figure.legend(
+        handles=patches, loc="upper left", bbox_to_anchor=corner, frameon=False, fontsize=9
+    )
+    return to_pixels(figure)
+
+
+def to_pixels(figure: Figure) -> Pixels:
+    """uint8 [H, W, 3] of a figure, without a display and without matplotlib's global state."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _legend(
@@ -164,7 +165,7 @@ def _legend(
     for area, class_id in sorted(zip((-areas).tolist(), ids.tolist(), strict=True)):
         share = f"  {-100 * area / label_map.size:.1f} %" if with_share else ""
         name = "not labelled" if class_id == IGNORE else names[class_id]
-        rows.append((colors.get(class_id), _fit(name, LEGEND_WIDTH - 110) + share))
+        rows.append((colors.get(class_id, IGNORED), _fit(name, 20) + share))
     if len(rows) > max_rows:
         rows = [*rows[: max_rows - 1], (PAPER, f"and {len(rows) - max_rows + 1} more")]
     return rows
@@ -189,15 +190,7 @@ def _check_sizes(image: Pixels, values: NDArray, what: str) -> None:
         )
 
 
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=14)
-
-
-def _fit(text: str, width: int) -> str:
-    """`text`, cut with an ellipsis where it is wider than `width` pixels."""
-    if _font().getlength(text) <= width:
-        return text
-    while text and _font().getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+def _fit(text: str, length: int) -> str:
+    """At most so many letters; "$" would begin a formula."""
+    cut = text if len(text) <= length else f"{text[: max(length - 3, 0)]}..."
+    return cut.replace("$", r"\$")

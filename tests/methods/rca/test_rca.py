@@ -363,6 +363,11 @@ def test_the_released_preset_runs_and_differs():
     assert {"contrast", "final", "intermediate"} == set(losses[-1])
 
 
+def test_noise_without_aggregation_makes_no_prototypes():
+    config = dataclasses.replace(released(SETTINGS), capacity=3, head_width=4, aggregation="off")
+    assert len(build(config).net.prototypes) == 0
+
+
 def test_without_contrast_and_aggregation_nothing_is_remembered():
     """The paper's baseline: a classifier whose maps are accumulated."""
     config = dataclasses.replace(SETTINGS, contrast_weight=0, aggregation="off")
