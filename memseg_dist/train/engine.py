@@ -12,13 +12,13 @@ slot weighs 0. `TorchEngine` is the plain twin that `platforms.on_deepspeed` is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock
@@ -26,6 +26,9 @@ from memseg_dist.config import RunConfig
 from memseg_dist.methods.method import Method
 from memseg_dist.nn.batchnorm import recording
 from memseg_dist.train import optim
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients travel in flat buckets of about this size."""
 
 
 @dataclass
@@ -96,8 +99,25 @@ def host_weights(method: Method) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in method.state_dict().items()}
 
 
+def reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum the gradients over the ranks, in place. One exchange for about BUCKET_BYTES: a tensor at
+    a time would wait for the network hundreds of times. Collective.
+    """
+    bucket: list[Tensor] = []
+    for number, parameter in enumerate(parameters, 1):
+        assert parameter.grad is not None, "fill_missing_gradients comes first"
+        bucket.append(parameter.grad)
+        is_full = sum(gradient.nbytes for gradient in bucket) >= BUCKET_BYTES
+        if is_full or number == len(parameters):
+            flat = dist.all_reduce_sum(torch.cat([gradient.flatten() for gradient in bucket]))
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+            bucket = []
+
+
 class TorchEngine:
-    """Every rank holds everything; gradients are summed in fp32, one parameter at a time."""
+    """Every rank holds everything; gradients are summed in fp32, in flat buckets."""
 
     def __init__(self, method: Method, config: RunConfig, device: torch.device) -> None:
         self.method, self.config, self.device = method, config, device
@@ -115,9 +135,8 @@ class TorchEngine:
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         optim.fill_missing_gradients(self.method)
-        for parameter in self._named.values():
-            assert parameter.grad is not None
-            parameter.grad = dist.all_reduce_sum(parameter.grad.contiguous())
+        if dist.size() > 1:
+            reduce_gradients(list(self._named.values()))
         clip_norm = self.config.optimizer.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), clip_norm)
         optim.set_learning_rate(self.optimizer, lr)

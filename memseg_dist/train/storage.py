@@ -89,7 +89,7 @@ def make_writable(directory: str) -> None:
         filesystem.makedirs(root, exist_ok=True)
         write_json(directory, ".writable", {})
         filesystem.rm_file(join(root, ".writable"))
-    except Exception as error:
+    except Exception as error:  # object stores have errors of their own
         raise ValueError(
             f"cannot write to {directory}: {error}; set `storage` (--storage) to a place that you "
             "may write to"

@@ -111,7 +111,8 @@ class RCA(Method):
         config, net, pairs = self.config, self.net, self._pairs(batch)
         (features,) = self.backbone(batch.images, batch.valid)
         valid_BN = valid_positions(batch.valid, features.shape[-2:], self.stride)
-        p_BLhw, o_BLhw = net.cam(features), net.final(features)  # P, Eq. 1; O, Eq. 7 - 10
+        embedded = net.reduce(features)
+        p_BLhw, o_BLhw = net.cam(features), net.final(features, embedded)  # Eq. 1; Eq. 7 - 10
         p_BL = masked_mean(p_BLhw.flatten(2), valid_BN)
         o_BL = masked_mean(o_BLhw.flatten(2), valid_BN)
         target_BL = label_targets(batch, self._column, o_BL[:, : len(self.class_ids)])
@@ -133,7 +134,7 @@ class RCA(Method):
         if self.memory is None or self.contrast is None:
             return losses
         mask_RN = self._masks(p_BLhw, valid_BN, pairs)
-        region_RD = region_means(net.reduce(features).flatten(2), mask_RN, pairs.image)  # Eq. 2
+        region_RD = region_means(embedded.flatten(2), mask_RN, pairs.image)  # Eq. 2
         score_BL = p_BL if config.gate_by == "intermediate" else score_BL
         is_sure_R = score_BL[pairs.image, pairs.column] > config.gate
         ids_R2 = np.stack([pairs.class_ids, image_ids(batch, pairs)], axis=1)
@@ -142,7 +143,7 @@ class RCA(Method):
         if self.contrast.is_on(clock):
             query_RD = region_RD
             if config.projector:
-                query_RD = self._queries(features, mask_RN, pairs)
+                query_RD = self._queries(embedded, mask_RN, pairs)
             losses["contrast"] = self.contrast.loss(batch, pairs, query_RD, clock)  # Eq. 4 - 6
         return losses
 
@@ -159,9 +160,8 @@ class RCA(Method):
         rule, p_BLN = self.config.region_mask, p_BLhw.flatten(2)
         return region_masks(p_BLN, valid_BN, pairs.image, pairs.column, rule)
 
-    def _queries(self, features: Tensor, mask_RN: Tensor, pairs: LabelPairs) -> Tensor:
-        projected = self.net.project(self.net.reduce(features))
-        return region_means(projected.flatten(2), mask_RN, pairs.image)
+    def _queries(self, embedded: Tensor, mask_RN: Tensor, pairs: LabelPairs) -> Tensor:
+        return region_means(self.net.project(embedded).flatten(2), mask_RN, pairs.image)
 
     def _pairs(self, batch: Batch) -> LabelPairs:
         check_source(batch, self._source_columns)
@@ -182,7 +182,7 @@ class RCA(Method):
             (features,) = self.backbone(batch.images, batch.valid)
             valid_BN = valid_positions(batch.valid, features.shape[-2:], self.stride)
             mask_RN = self._masks(self.net.cam(features), valid_BN, pairs)
-            query_RD = self._queries(features, mask_RN, pairs)
+            query_RD = self._queries(self.net.reduce(features), mask_RN, pairs)
             self.contrast.preview(batch, pairs, query_RD, slot_clock)
         self.contrast.exchange(clock)
 

@@ -19,7 +19,9 @@ from memseg_dist.nn.batchnorm import record_batchnorm
 
 
 class Network(nn.Module):
-    """in_dim: channels of the backbone's map. class_ids: label-space ids [L], one map each.
+    """`cam` gives P (Eq. 1), `final` gives O; `reduce` embeds features for memory and aggregation.
+
+    in_dim: channels of the backbone's map. class_ids: label-space ids [L], one map each.
 
     dim: channels of the memory, its prototypes and the regions.
     """
@@ -43,23 +45,19 @@ class Network(nn.Module):
         vectors = torch.randn(len(classes), dim)
         self.prototypes = Prototypes(vectors, classes, torch.zeros_like(classes))
 
-    def intermediate(self, features: Tensor) -> Tensor:
-        """P [B, L, h, w], Eq. 1."""
-        return self.cam(features)
-
-    def final(self, features: Tensor) -> Tensor:
-        """O [B, L, h, w], Eq. 10."""
-        return self.final_cam(self.aggregated(features))
+    def final(self, features: Tensor, embedded: Tensor) -> Tensor:
+        """O [B, L, h, w], Eq. 10. embedded: `reduce(features)`, here and below."""
+        return self.final_cam(self.aggregated(features, embedded))
 
     def prediction(self, features: Tensor, columns_K: Tensor) -> Prediction:
         """O of some of the classes."""
-        return self.final_cam.prediction(self.aggregated(features), columns_K)
+        aggregated = self.aggregated(features, self.reduce(features))
+        return self.final_cam.prediction(aggregated, columns_K)
 
-    def aggregated(self, features: Tensor) -> Tensor:
+    def aggregated(self, features: Tensor, embedded: Tensor) -> Tensor:
         """F^ of Eq. 9, [F, F']."""
         if self.config.aggregation == "off":
             return features
-        embedded = self.reduce(features)
         if self.linear is not None:
             return self.linear(embedded, self.prototypes.vectors)
         return torch.cat([features, self.attention(embedded, self.prototypes.vectors)], dim=1)
@@ -69,13 +67,13 @@ class Network(nn.Module):
         """P and O of one class per image, and the affinity S (Eq. 7) to the class's two busiest
         prototypes there: each over its maximum, [B, h, w].
         """
-        rows = torch.arange(len(features), device=features.device)
+        rows, embedded = torch.arange(len(features), device=features.device), self.reduce(features)
         shown = {
-            "P": self.intermediate(features)[rows, column],
-            "O": self.final(features)[rows, column],
+            "P": self.cam(features)[rows, column],
+            "O": self.final(features, embedded)[rows, column],
         }
         if self.config.aggregation == "attention" and len(self.prototypes):
-            affinity_BPhw = self.attention.affinity(self.reduce(features), self.prototypes.vectors)
+            affinity_BPhw = self.attention.affinity(embedded, self.prototypes.vectors)
             is_own_BP = self.prototypes.classes == class_ids[:, None]
             affinity_BPhw = affinity_BPhw * is_own_BP[:, :, None, None]
             busiest = affinity_BPhw.sum(dim=(2, 3)).argsort(dim=1, descending=True)
