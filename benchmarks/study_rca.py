@@ -9,21 +9,18 @@ and scores the pseudo masks, with the same fusion for every variant. A differenc
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import statistics
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+
+from memseg_dist.tools import study as shared
+from memseg_dist.tools.study import interval, mean_and_spread, paired, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,8 +56,6 @@ COMPARED = (
 """(variant, against, the paper's difference on VOC with VGG16: Table 1 and its ablations)."""
 MAPS = ("accumulated", "predicted")
 SCORES = (*MAPS, *(f"{maps}, unknown wrong" for maps in MAPS))
-STUDENT_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
-"""Two-sided 95 % quantiles by degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +98,6 @@ def method_of(variant: str):
 
 def run(study: Study, variant: str, seed: int) -> dict:
     """Train, label and score one run; figures as percent."""
-    import torch
-
-    torch.set_num_threads(1)
     from memseg_dist.config import (
         EngineConfig,
         Intervals,
@@ -161,20 +153,9 @@ def run(study: Study, variant: str, seed: int) -> dict:
 
 def main(study: Study) -> None:
     prepare(study)
-    study.storage.mkdir(parents=True, exist_ok=True)
     file = study.storage / f"results-{study.epochs}-epochs.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {(row["variant"], row["seed"]) for row in done}
-    todo = [(v, s) for s in study.seeds for v in study.variants if (v, s) not in known]
-    with ProcessPoolExecutor(
-        study.processes, get_context("spawn"), initializer=end_with_parent
-    ) as pool:
-        futures = [pool.submit(run, study, variant, seed) for variant, seed in todo]
-        bar = track(as_completed(futures), "runs", len(futures), console=Console(stderr=True))
-        for future in bar:
-            done.append(future.result())
-            with file.open("a") as stream:
-                stream.write(json.dumps(done[-1]) + "\n")
+    todo = [(study, variant, seed) for seed in study.seeds for variant in study.variants]
+    done = run_all(run, todo, file, study.processes)
     rows = [row for row in done if row["seed"] in study.seeds and row["variant"] in study.variants]
     show(rows, study)
 
@@ -184,7 +165,7 @@ def show(rows: list[dict], study: Study) -> None:
     scores = Table("variant", "runs", *SCORES, "rows set", "s/run", title=title)
     for variant in study.variants:
         own = [row for row in rows if row["variant"] == variant]
-        cells = [_mean_and_deviation([row[maps] for row in own]) for maps in SCORES]
+        cells = [mean_and_spread([row[maps] for row in own]) for maps in SCORES]
         fill = [100 * row["memory/fill"] for row in own if "memory/fill" in row]
         filled = f"{statistics.mean(fill):.0f} %" if fill else "-"
         seconds = f"{statistics.mean(row['seconds'] for row in own):.0f}" if own else "-"
@@ -200,49 +181,8 @@ def show(rows: list[dict], study: Study) -> None:
     console.print(directions)
 
 
-def paired(rows: list[dict], variant: str, against: str, maps: str) -> list[float]:
-    """Differences of the two variants' scores, seed by seed."""
-    score = {(row["variant"], row["seed"]): row[maps] for row in rows}
-    seeds = sorted({row["seed"] for row in rows})
-    return [
-        score[variant, seed] - score[against, seed]
-        for seed in seeds
-        if (variant, seed) in score and (against, seed) in score
-    ]
-
-
-def interval(differences: list[float]) -> str:
-    """Mean and half the width of the 95 % interval; a star where it excludes 0."""
-    if len(differences) < 2:
-        return f"{differences[0]:+.2f}" if differences else "-"
-    mean, spread = statistics.mean(differences), statistics.stdev(differences)
-    quantile = STUDENT_95.get(len(differences) - 1, 2.262)
-    half = quantile * spread / math.sqrt(len(differences))
-    return f"{mean:+.2f} ± {half:.2f}{' *' if abs(mean) > half else ''}"
-
-
-def _mean_and_deviation(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}" if values else "-"
-
-
-def end_with_parent() -> None:
-    """A worker whose study was killed must not go on writing to its runs."""
-    parent = parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def prepare(study: Study) -> None:
     """Scenes and backbone, where they are not there yet."""
-    from memseg_dist.tools import study as shared
-
     if not (study.data / "val" / "index.parquet").exists():
         shared.run(
             ROOT, "datasets/scenes_weak.py", "--root", study.data, "--num-objects", 12,

@@ -15,6 +15,7 @@ from memseg_dist.config import RunConfig, ValidationConfig
 from memseg_dist.data.evalset import EvalDataset
 from memseg_dist.data.files import make_folder
 from memseg_dist.data.index import Index
+from memseg_dist.data.pairs import image_counts
 from memseg_dist.data.source import supervised_ids
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.evaluate import EvaluationResult, evaluate, evaluated_classes
@@ -23,7 +24,6 @@ from memseg_dist.evaluation.prototype_probe import PrototypeProbeResult, probe_p
 from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pictures.draw import draw_panels
-from memseg_dist.train.validate import training_image_counts
 
 EVALUATED = "evaluated"
 """Name of --data in the label space."""
@@ -103,7 +103,7 @@ def _evaluated(
     name, base, novel = validation.name, validation.base, validation.novel
     if not base and not novel:
         base, novel = _groups(config, space, name)
-    counts = training_image_counts(config, space) if buckets else None
+    counts = image_counts(config.sources, space, config.cache_directory) if buckets else None
     classes = evaluated_classes(space, name, base=base, novel=novel, training_images=counts)
     dataset = EvalDataset(validation.path, space, name, resize=settings.resize)
     return dataset, classes

@@ -61,3 +61,17 @@ def steps_per_epoch(sources: Sequence[Source], cache_dir: str | Path) -> int:
         -(-len(Index.open(source.path, cache_dir)) // (source.slots * source.batch_per_slot))
         for source in sources
     )
+
+
+def image_counts(
+    sources: Sequence[Source], label_space: LabelSpace, cache_dir: str | Path
+) -> np.ndarray:
+    """int64 [C]: how many images of the sources are labelled with each class, or show it in their
+    masks, from the indexes. What a source excludes is counted too.
+    """
+    counts = np.zeros(len(label_space), dtype=np.int64)
+    for source in sources:
+        to_union = label_space.to_union[source.name]
+        index = Index.open(source.path, cache_dir)
+        np.add.at(counts, to_union, index.class_image_counts(len(to_union)))
+    return counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memseg_dist.methods.classify import ClassifyConfig
 from memseg_dist.methods.larvseg.config import LarvSegConfig
+from memseg_dist.methods.mcibi.config import MCIBIConfig
 from memseg_dist.methods.method import MethodConfig
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
@@ -17,5 +18,5 @@ def register(config: type[MethodConfig]) -> type[MethodConfig]:
     return config
 
 
-for _config in (LarvSegConfig, RCAConfig, SegmentConfig, ClassifyConfig):
+for _config in (LarvSegConfig, RCAConfig, MCIBIConfig, SegmentConfig, ClassifyConfig):
     register(_config)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from memseg_dist.data.pairs import labelled_regions, steps_per_epoch
+from memseg_dist.data.pairs import image_counts, labelled_regions, steps_per_epoch
 from memseg_dist.data.source import Source, kept_ids
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.layouts import Regions
@@ -68,6 +68,11 @@ class Setup:
     def labelled_regions(self) -> Regions:
         """Every (class, image) pair of the sources, read from their indexes."""
         return labelled_regions(self.sources, self.label_space, self.cache_dir)
+
+    @cached_property
+    def image_counts(self) -> np.ndarray:
+        """int64 [C]: images of the sources that show each class, read from their indexes."""
+        return image_counts(self.sources, self.label_space, self.cache_dir)
 
     @cached_property
     def epoch_steps(self) -> int:

@@ -93,15 +93,18 @@ def _has_masks(source: Source) -> bool:
     return source.supervision == "masks" or source.hide_mask or source.labels_from == "crop"
 
 
-def draw_miniature(
-    root: Path, vocabulary: Vocabulary, *, with_masks: bool, num_images: int = 8, size: int = 72
-) -> None:
-    """One shard of noisy colour fields, each field one class, spread over the whole vocabulary."""
+def draw_miniature(root: Path, vocabulary: Vocabulary, *, with_masks: bool, size: int = 72) -> None:
+    """One shard of noisy colour fields, each field one class, spread over the whole vocabulary: 8
+    images, or with masks as many as it takes to show every class of the first 1,000.
+    """
+    shown = min(len(vocabulary), 1000)
+    order = np.random.default_rng(derive_seed("miniature", root.name)).permutation(shown)
+    num_images = max(8, -(-shown // 4)) if with_masks else 8
 
     def samples() -> Iterator[Sample]:
         for number in range(num_images):
             rng = np.random.default_rng(derive_seed("miniature", root.name, number))
-            classes = rng.choice(len(vocabulary), size=4, replace=len(vocabulary) < 4)
+            classes = order[np.arange(4 * number, 4 * number + 4) % shown]
             mask = np.kron(classes.reshape(2, 2), np.ones((size // 2, size // 2), int))
             pixels = rng.integers(0, 60, (size, size, 3)) + (mask[..., None] * [37, 91, 53]) % 190
             buffer = io.BytesIO()

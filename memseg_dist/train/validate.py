@@ -9,8 +9,8 @@ import torch
 
 from memseg_dist import dist
 from memseg_dist.config import RunConfig
-from memseg_dist.data.index import Index
 from memseg_dist.data.loader import EvalDataset
+from memseg_dist.data.pairs import image_counts
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes
 from memseg_dist.evaluation.sliding import Inference
@@ -49,7 +49,7 @@ class Validator:
             base=settings.base,
             novel=settings.novel,
             exclude=settings.exclude,
-            training_images=training_image_counts(config, label_space),
+            training_images=image_counts(config.sources, label_space, config.cache_directory),
         )
         self.dataset = EvalDataset(
             settings.path,
@@ -81,13 +81,3 @@ class Validator:
             text = f"{result.table()}\n\n{result.scores.class_table()}\n"
             tracker.log_text(f"validation/step-{step:08d}.txt", text)
         return result.scores.metrics(prefix=EVALUATION)
-
-
-def training_image_counts(config: RunConfig, label_space: LabelSpace) -> np.ndarray:
-    """Per label-space id the number of training images labelled with it, from the indexes."""
-    counts = np.zeros(len(label_space), dtype=np.int64)
-    for source in config.sources:
-        to_union = label_space.to_union[source.name]
-        index = Index.open(source.path, config.cache_directory)
-        np.add.at(counts, to_union, index.class_image_counts(len(to_union)))
-    return counts

@@ -77,10 +77,11 @@ class MethodContract:
             for name, count in zip(self.losses, slots, strict=True)
         )  # fmt: skip
         assert base.validation is not None
+        unknown = () if "weak" in self.losses else ("n2", "n3")
         defaults = {
             "sources": sources,
             "method": self.method,
-            "validation": dataclasses.replace(base.validation, base=(), novel=()),
+            "validation": dataclasses.replace(base.validation, base=(), novel=(), exclude=unknown),
             "engine": EngineConfig("torch"),
         }
         return dataclasses.replace(base, **(defaults | self.changes | changes))

@@ -1,0 +1,230 @@
+"""What the memory of MCIBI is worth: segmenters with and without it, and its controls, by seed.
+
+    python benchmarks/study_mcibi.py --seeds 0 1 2 3 4                     # generated scenes
+    python benchmarks/study_mcibi.py --pictures SHARDS --weights WEIGHTS --seeds 0 1 2
+
+Every variant has the same budget, data order and start; each run takes one core. A control is the
+same graph with other vectors in the place of the memory: zeros, fixed random codes, learned codes,
+or the image's own pixels. A difference is given with its 95 % interval (Student's t over the
+seeds' differences). What is done already is not done again.
+
+--pictures: SHARDS/{train,val,test} as datasets/folder.py writes them, of street scenes of 4:3 (the
+figures in docs/results.md are of CamVid's 11 classes); --weights: tf_efficientnet_lite0.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from memseg_dist.config import (
+    EngineConfig,
+    Intervals,
+    LaunchConfig,
+    LoaderConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+)
+from memseg_dist.data.augment import AugmentConfig
+from memseg_dist.launch import launch
+from memseg_dist.nn.backbone import BackboneConfig
+from memseg_dist.tools import study as shared
+from memseg_dist.tools.study import Row, interval, mean_and_spread, paired, run_all
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "jobs"))
+
+NO_RCL = {"consistency_weight": 0.0}
+CONTEXTS = {"FCN": "none", "PSPNet": "ppm", "OCRNet": "ocr", "DeepLabV3": "aspp"}
+CONTROLS = {
+    "": {},
+    " + zeros": {"memory": "zero"},
+    " + random codes": {"memory": "random"},
+    " + learned codes": {"memory": "learnable"},
+    " + own pixels": {"memory": "image"},
+}
+"""On the graph of MCIBI, by what is added to its name."""
+
+
+def variants(name: str, *, controls: bool) -> dict[str, dict]:
+    """A segmenter, with MCIBI (memory and RCL), and with the memory alone or a control of it."""
+    plain = {"context": CONTEXTS[name]}
+    found = {name: plain | {"memory": "off"}, f"{name} + MCIBI": plain}
+    if controls:
+        found[f"{name} + memory"] = plain | NO_RCL
+        found |= {name + what: plain | NO_RCL | change for what, change in CONTROLS.items() if what}
+    return found
+
+
+SCENES = (
+    variants("FCN", controls=True)
+    | variants("PSPNet", controls=False)
+    | variants("OCRNet", controls=False)
+    | variants("DeepLabV3", controls=False)
+    | {
+        "FCN + memory, add": NO_RCL | {"fusion": "add"},
+        "FCN + memory, weighted add": NO_RCL | {"fusion": "weighted_add"},
+        "FCN + memory, plain weights": NO_RCL | {"weighting": "plain"},
+        "FCN + memory, constant momentum": NO_RCL | {"momentum_schedule": "constant"},
+    }
+)
+PICTURES = variants("FCN", controls=True) | variants("DeepLabV3", controls=True)
+COMPARED = {
+    "FCN + MCIBI": {"FCN": "+5.88", "FCN + memory": "+0.66"},
+    "PSPNet + MCIBI": {"PSPNet": "+1.13"},
+    "OCRNet + MCIBI": {"OCRNet": "+0.87"},
+    "DeepLabV3 + MCIBI": {"DeepLabV3": "+1.15", "DeepLabV3 + memory": ""},
+    "FCN + memory": {
+        "FCN": "+5.22", "FCN + memory, add": "+1.19", "FCN + memory, weighted add": "+1.01",
+        "FCN + memory, plain weights": "+0.41", "FCN + memory, constant momentum": "+0.23",
+        **{f"FCN{what}": "" for what in CONTROLS if what},
+    },
+    "DeepLabV3 + memory": {
+        "DeepLabV3": "", **{f"DeepLabV3{what}": "" for what in CONTROLS if what},
+    },
+}  # fmt: skip
+"""Variant -> what it is compared with, and the paper's difference on ADE20K with ResNet-50."""
+
+
+ALONE = LaunchConfig("local", workers=1)
+
+
+@dataclass(frozen=True)
+class Study:
+    """MCIBI, its baselines and its controls."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One run of every variant for each."""
+    variants: tuple[str, ...] = ()
+    """Which variants to run; all by default."""
+    steps: int = 400
+    pictures: Path | None = None
+    """Folder of shards of real pictures, instead of generated scenes."""
+    weights: Path | None = None
+    """Weights of tf_efficientnet_lite0 for the real pictures."""
+    data: Path = Path("data/scenes")
+    """Where the scenes are, or are drawn."""
+    backbone: Path = Path("runs/pretrain_scenes/backbone.safetensors")
+    """Weights of jobs/pretrain_scenes.py."""
+    storage: Path = Path("runs/study_mcibi")
+    """Where the runs and their figures go."""
+    processes: int = 2
+    """Runs at once, of one core each."""
+
+    def __post_init__(self) -> None:
+        if (self.pictures is None) != (self.weights is None):
+            raise ValueError("--pictures and --weights go together")
+        unknown = sorted(set(self.variants) - set(self.known))
+        if unknown:
+            raise ValueError(f"--variants {unknown}: choose of {list(self.known)}")
+
+    @property
+    def known(self) -> dict[str, dict]:
+        return SCENES if self.pictures is None else PICTURES
+
+
+def scenes_run(study: Study) -> RunConfig:
+    from mcibi_scenes import Options, stages
+
+    run = stages(Options(data=str(study.data), backbone=str(study.backbone)))["train"]
+    assert isinstance(run, RunConfig)
+    return replace(run, sources=(replace(run.sources[0], slots=1),), launch=ALONE)
+
+
+def pictures_run(study: Study) -> RunConfig:
+    """Pictures of 240 x 180 pixels, two stages of lite0, crops of 176."""
+    from mcibi_folder import Options, stages
+
+    options = Options(masks=f"{study.pictures}/train", val=f"{study.pictures}/test", crop=176)
+    run = stages(options)["train"]
+    assert isinstance(run, RunConfig) and run.validation is not None
+    augment = AugmentConfig((240, 180), (0.75, 1.5), 176, photometric=False)
+    return replace(
+        run,
+        sources=(replace(run.sources[0], slots=1, augment=augment),),
+        launch=ALONE,
+        method=replace(run.method, dim=64, rates=(3, 6, 9), stages=(2, 3)),
+        backbone=BackboneConfig(
+            "tf_efficientnet_lite0", str(study.weights), output_stride=8, drop_path=0.0,
+            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        ),
+        validation=replace(run.validation, resize=(240, 180)),
+        optimizer=OptimizerConfig(
+            "adamw", lr=2e-3, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.3
+        ),
+    )  # fmt: skip
+
+
+def train(study: Study, variant: str, seed: int) -> Row:
+    """One run; mIoU in percent."""
+    started = time.perf_counter()
+    run = scenes_run(study) if study.pictures is None else pictures_run(study)
+    run = replace(
+        run,
+        name=f"{variant.replace(' + ', '_').replace(', ', '_').replace(' ', '_')}-seed{seed}",
+        storage=str(study.storage),
+        seed=seed,
+        method=replace(run.method, **study.known[variant]),
+        steps=study.steps,
+        engine=EngineConfig("torch"),
+        loader=LoaderConfig(processes=0, cache_dir=str(study.storage / "cache")),
+        tracking=TrackingConfig("none"),
+        every=Intervals(log=50, evaluate=study.steps, checkpoint=study.steps),
+    )
+    result = launch(run)
+    seconds = time.perf_counter() - started
+    return {"variant": variant, "seed": seed, "miou": result["val/miou_all"], "seconds": seconds}
+
+
+def main(study: Study) -> None:
+    prepare(study)
+    names = study.variants or tuple(study.known)
+    kind = "scenes" if study.pictures is None else "pictures"
+    todo = [(study, variant, seed) for seed in study.seeds for variant in names]
+    file = study.storage / f"{kind}-{study.steps}-steps.jsonl"
+    rows = run_all(train, todo, file, study.processes)
+    show([row for row in rows if row["seed"] in study.seeds], names, f"{kind}, {study.steps} steps")
+
+
+def show(rows: list[Row], names: tuple[str, ...], title: str) -> None:
+    scores = Table("variant", "runs", "mIoU", "s/run", title=f"MCIBI on {title}")
+    for name in names:
+        own = [row for row in rows if row["variant"] == name]
+        seconds = f"{statistics.mean(row['seconds'] for row in own):.0f}" if own else "-"
+        cells = [str(len(own)), mean_and_spread([row["miou"] for row in own]), seconds]
+        scores.add_row(name, *cells)
+    title = "Paired differences, mean and 95 % interval; * : excludes 0"
+    directions = Table("difference", "paper, ADE20K", "mIoU", title=title)
+    for variant, others in COMPARED.items():
+        for against, paper in others.items():
+            if {variant, against} <= set(names):
+                found = interval(paired(rows, variant, against, "miou"))
+                directions.add_row(f"{variant} - {against}", paper, found)
+    console = Console(width=130)
+    console.print(scores)
+    console.print(directions)
+
+
+def prepare(study: Study) -> None:
+    """Scenes and backbone, where they are not there yet."""
+    if study.pictures is not None:
+        return
+    if not (study.data / "val" / "index.parquet").exists():
+        shared.run(ROOT, "datasets/scenes.py", "--root", study.data)
+    if not study.backbone.exists():
+        shared.run(
+            ROOT, "jobs/pretrain_scenes.py", "--data", study.data,
+            "--storage", study.backbone.parents[1],
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Study, description=__doc__))

@@ -1,0 +1,76 @@
+"""MCIBI on the generated scenes: any segmenter with and without context of the whole data set.
+
+    python datasets/scenes.py --root data/scenes
+    python jobs/pretrain_scenes.py                                  # the backbone of all runs
+    python jobs/mcibi_scenes.py --method.memory off                 # FCN
+    python jobs/mcibi_scenes.py
+    python jobs/mcibi_scenes.py --method.context aspp --method.rates 2 4 6
+
+The masks of the 24 base classes are learned and scored; pixels of the others are unknown. Scores:
+docs/results.md; over seeds, contexts and controls: benchmarks/study_mcibi.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from scenes_setup import AUGMENT, BACKBONE, NUM_OBJECTS
+
+from memseg_dist.config import (
+    Intervals,
+    LaunchConfig,
+    LoaderConfig,
+    OptimizerConfig,
+    RunConfig,
+    ValidationConfig,
+)
+from memseg_dist.data.loader import Source
+from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.methods.mcibi.config import MCIBIConfig
+from memseg_dist.pipeline import JobOptions, main
+from memseg_dist.stages import Stage
+from memseg_dist.tools.shipped import recipe
+
+METHOD = MCIBIConfig(dim=64, bins=(1, 2, 3, 6), rates=(2, 4, 6), stages=(-2, -1))
+"""Narrow heads, and dilations that fit maps of 12 x 12 positions."""
+
+
+@dataclass(frozen=True)
+class Options(JobOptions):
+    """MCIBI on the generated scenes."""
+
+    data: str = "data/scenes"
+    """Folder that datasets/scenes.py wrote."""
+    backbone: str = "runs/pretrain_scenes/backbone.safetensors"
+    """Weights that jobs/pretrain_scenes.py wrote; '' for random ones."""
+
+
+def stages(options: Options) -> dict[str, Stage]:
+    novel = tuple(recipe("scenes").base_and_novel(NUM_OBJECTS)[1])
+    run = RunConfig(
+        name="mcibi_scenes",
+        storage="runs",
+        sources=(Source("masks", f"{options.data}/masks", "masks", 2, 8, AUGMENT, exclude=novel),),
+        method=METHOD,
+        backbone=replace(BACKBONE, pretrained=options.backbone),
+        validation=ValidationConfig(
+            f"{options.data}/val", mode="whole", resize=(96, 96), exclude=novel
+        ),
+        steps=600,
+        optimizer=OptimizerConfig(
+            "adamw", lr=2e-3, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.3
+        ),
+        launch=LaunchConfig(workers=2),
+        loader=LoaderConfig(processes=1),
+        every=Intervals(log=25, evaluate=300, checkpoint=300),
+    )
+    return {"train": run}
+
+
+def vocabularies(options: Options) -> dict[str, Vocabulary]:
+    vocabulary = recipe("scenes").vocabulary
+    return {"masks": vocabulary("masks", NUM_OBJECTS), "validation": vocabulary("val", NUM_OBJECTS)}
+
+
+if __name__ == "__main__":
+    main(Options, stages, vocabularies, __doc__)
