@@ -27,17 +27,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
-from memseg_dist.tools.recipe import Mask, Picture, map_values, read_pixels
+from memseg_dist.tools.recipe import (
+    Mask,
+    Picture,
+    counted,
+    map_values,
+    read_matlab,
+    read_names,
+    read_pixels,
+)
 
 VOCABULARY = Path(__file__).parent / "vocabularies" / "voc_21.json"
 COUNTS = {"train_aug": 10_582, "train": 1_464, "val": 1_449}
 """Images of the full data set."""
 TABLE = {255: -1} | {value: value for value in range(21)}
+ROOT_HINT = "give --root VOCdevkit/VOC2012 (and --sbd)"
+NO_SCIPY_HINT = "put the PNGs of SegmentationClassAug into the root and leave out --sbd"
 
 Split = Literal["train_aug", "train", "val"]
 
@@ -79,9 +86,7 @@ def build(recipe: Voc2012) -> list[BuildReport]:
 
 
 def _counted(name: str, pictures: list[Picture]) -> str:
-    text = f"{len(pictures):,} images"
-    if len(pictures) != COUNTS[name]:
-        text += f", NOT the {COUNTS[name]:,} of the full data set"
+    text = counted(len(pictures), COUNTS[name])
     pairs = sum(len(picture.labels) for picture in pictures)
     return f"{text}, {pairs:,} pairs of image and annotated class" if pairs else text
 
@@ -110,19 +115,15 @@ def list_split(recipe: Voc2012, name: Split, vocabulary: Vocabulary) -> list[Pic
 
 def _listed(root: Path, name: Split) -> list[str]:
     """The names in ImageSets/Segmentation; those of train for train_aug."""
-    return read_names(root / "ImageSets/Segmentation" / f"{name.removesuffix('_aug')}.txt")
-
-
-def read_names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"no list of images {path}; give --root VOCdevkit/VOC2012 (and --sbd)")
-    return path.read_text().split()
+    path = root / "ImageSets/Segmentation" / f"{name.removesuffix('_aug')}.txt"
+    return read_names(path, ROOT_HINT)
 
 
 def added_masks(recipe: Voc2012) -> dict[str, Path]:
     """SBD's images -> their masks, VOC's val among them."""
     if recipe.sbd is not None:
-        names = [*read_names(recipe.sbd / "train.txt"), *read_names(recipe.sbd / "val.txt")]
+        lists = [recipe.sbd / "train.txt", recipe.sbd / "val.txt"]
+        names = [name for path in lists for name in read_names(path, ROOT_HINT)]
         return {name: recipe.sbd / "cls" / f"{name}.mat" for name in names}
     folder = recipe.root / "SegmentationClassAug"
     found = {path.stem: path for path in folder.glob("*.png")}
@@ -149,23 +150,11 @@ def annotated_classes(path: Path, vocabulary: Vocabulary) -> tuple[int, ...]:
 
 def read_mask(path: str, with_background: bool = True) -> Mask:
     """A palette or grey PNG, or SBD's .mat; background is unknown unless it is asked for."""
-    pixels = read_sbd(path) if path.endswith(".mat") else read_pixels(path)
+    if path.endswith(".mat"):
+        pixels = read_matlab(path, ("GTcls", "Segmentation"), NO_SCIPY_HINT)
+    else:
+        pixels = read_pixels(path)
     return map_values(pixels, TABLE if with_background else TABLE | {0: -1}, path)
-
-
-def read_sbd(path: str) -> NDArray[np.int64]:
-    """int64 [H, W] of SBD's cls/*.mat; ValueError if it is none, or without scipy."""
-    try:
-        from scipy.io.matlab import MatReadError, loadmat
-    except ImportError as error:
-        raise ValueError(
-            f"mask {path} is a MATLAB file, which scipy reads: pip install scipy, or put the PNGs "
-            "of SegmentationClassAug into the root and leave out --sbd"
-        ) from error
-    try:
-        return loadmat(path)["GTcls"]["Segmentation"][0, 0].astype(np.int64)
-    except (OSError, ValueError, TypeError, KeyError, MatReadError, NotImplementedError) as error:
-        raise ValueError(f"mask {path} is no class map of SBD ({error!r}); restore it") from error
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ ReadMask = Callable[[str], Mask]
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error)
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 
 
@@ -115,6 +117,29 @@ def read_pixels(path: str) -> NDArray[np.int64]:
         raise ValueError(f"mask {path}: cannot be read ({error}); restore the file") from error
 
 
+def read_matlab(path: str, fields: Sequence[str], instead: str) -> NDArray[np.int64]:
+    """int64 [H, W]: the label map of a MATLAB file, at `fields`, each a field of the one before.
+
+    ValueError naming the path if the file has none, or if scipy is not installed; `instead` tells
+    the user what to do without scipy.
+    """
+    try:
+        from scipy.io.matlab import MatReadError, loadmat
+    except ImportError as error:
+        raise ValueError(
+            f"mask {path} is a MATLAB file, which scipy reads: pip install scipy, or {instead}"
+        ) from error
+    try:
+        value = loadmat(path)[fields[0]]
+        for name in fields[1:]:
+            value = value[name][0, 0]
+        return value.astype(np.int64)
+    except (*_UNREADABLE, MatReadError) as error:
+        raise ValueError(
+            f"mask {path} has no label map {'.'.join(fields)} ({error!r}); restore the file"
+        ) from error
+
+
 def map_values(values: NDArray[np.int64], table: Mapping[int, int], path: str) -> Mask:
     """Raw values -> local ids by `table` (id -1 = unknown).
 
@@ -139,6 +164,19 @@ def map_values(values: NDArray[np.int64], table: Mapping[int, int], path: str) -
 
 def _classes(mask: Mask) -> list[int]:
     return [int(value) for value in np.unique(mask) if value != MASK_IGNORE]
+
+
+def read_names(path: Path, fix: str) -> list[str]:
+    """The names in a list of images, one a line; ValueError ending in `fix` if there is no file."""
+    if not path.is_file():
+        raise ValueError(f"no list of images {path}; {fix}")
+    return path.read_text().split()
+
+
+def counted(num_images: int, full: int) -> str:
+    """Such as "3 images, NOT the 500 of the full data set"."""
+    text = f"{num_images:,} images"
+    return text if num_images == full else f"{text}, NOT the {full:,} of the full data set"
 
 
 def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:

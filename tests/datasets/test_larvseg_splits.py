@@ -92,7 +92,7 @@ def test_all_vocabularies_make_one_label_space_with_the_whole_of_imagenet():
         )
     )
     names = [path.stem for path in VOCABULARIES.glob("*.json") if not path.stem.endswith("_ids")]
-    assert len(names) == 7
+    assert len(names) == 9
     space = LabelSpace.union({**load(*names), "imagenet": imagenet})
     synsets = [uid for uid in space.vocabulary.uids if uid[1:].isdigit()]
     assert set(synsets) - set(lemmas) == {"n04399382"}  # the teddy bear
@@ -101,8 +101,11 @@ def test_all_vocabularies_make_one_label_space_with_the_whole_of_imagenet():
 def test_names_are_the_published_ones(real_data):
     lists = real_data / "vocab"
     published = {"coco_stuff_171": "coco_stuff_171", "ade20k_150": "ade_150", "voc_21": "voc_21"}
+    published["cityscapes_19"] = "cityscapes_19"
     for name, file in published.items():
         assert list(load(name)[name].names) == json.loads((lists / f"{file}.json").read_text())
+    lip = [name.strip("_").casefold() for name in json.loads((lists / "lip_20.json").read_text())]
+    assert [name.replace(" ", "") for name in load("lip_20")["lip_20"].names] == lip
     full = json.loads((lists / "ade_full_847.json").read_text())
     ours = load("ade20k_847")["ade20k_847"]
     assert len(set(ours.names)) == 847

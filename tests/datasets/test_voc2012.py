@@ -154,7 +154,7 @@ def test_matlab_masks(voc, root, sbd, options, read_back):
     assert np.array_equal(written["2008_000003"][2], expected)
     assert written["2007_000032"][2][9, 3] == CAT
     (sbd / "cls" / "2008_000002.mat").write_bytes(b"no MATLAB file")
-    with pytest.raises(ValueError, match=r"2008_000002.mat is no class map of SBD"):
+    with pytest.raises(ValueError, match=r"2008_000002.mat has no label map GTcls.Segmentation"):
         voc.read_mask(str(sbd / "cls" / "2008_000002.mat"))
 
 
