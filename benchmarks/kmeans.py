@@ -12,7 +12,6 @@ are over; the table says how many it took, and nothing is extrapolated.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 import warnings
@@ -123,7 +122,7 @@ def ways(device: str) -> list[Way]:
         Way("ours, faiss", ours("faiss")),
         Way("ours, batched", ours("batched")),
     ]
-    if device == "cpu" and importlib.util.find_spec("sklearn"):
+    if device == "cpu":
         import sklearn.cluster  # noqa: F401  before any time is taken
 
         found.insert(1, Way("scikit-learn, loop", in_a_loop(sklearn_one)))
@@ -201,8 +200,6 @@ def main(options: Options) -> None:
     unknown = sorted(set(options.only) - set(CASES))
     if unknown:
         raise ValueError(f"no cases {unknown}; choose from {list(CASES)}")
-    if importlib.util.find_spec("sklearn") is None:
-        console.print("scikit-learn is not installed: skipped (pip install scikit-learn)")
     names = list(options.only)[:1] if options.quick else list(options.only)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     records = []

@@ -55,7 +55,9 @@ class ValidationConfig:
     max_images: int | None = None
     """Evaluate on the first so many images only."""
     num_panels: int = 4
-    """How many images are drawn as image | truth | prediction | maps."""
+    """How many images are drawn as image | truth | prediction | maps; 0 leaves out the pixels
+    around the class vectors too.
+    """
 
     def __post_init__(self) -> None:
         check_numbers(

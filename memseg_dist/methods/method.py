@@ -51,6 +51,8 @@ class MethodConfig:
         return self
 
 
+PER_CLASS = "per class"
+"""How the name of a chart ends that has a figure for each id of the label space."""
 MATMUL_CLASSES = 256
 """Classes per matrix product of `LinearLogits.chunk`. Always this many (padded), whatever is asked
 for: a product of another shape may round otherwise, and then equal classes would not tie."""
@@ -180,9 +182,19 @@ class Method(nn.Module):
     def charts(self) -> dict[str, Tensor]:
         """Lists of figures worth a bar chart, by name: float [n] on the host. Collective.
 
-        Asked for when the run is evaluated ("memory/rows per class").
+        Asked for when the run is evaluated ("memory/rows per class"). A name that ends in PER_CLASS
+        promises one figure for each id of the label space.
         """
         return {}
+
+    def class_vectors(self) -> tuple[Tensor, Tensor] | None:
+        """What stands for the classes in the space of `embed`. Collective.
+
+        Label-space ids int64 [n], ascending, and vectors float [n, D], both on the host: none for a
+        class that has no vector yet, several for one with several. Of any length: they are compared
+        by cosine. Asked for when the run is evaluated. None: the method has no such vectors.
+        """
+        return None
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

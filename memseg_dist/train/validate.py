@@ -1,4 +1,4 @@
-"""The evaluation of a training run: figures, table per class, panels of some images, charts."""
+"""The evaluation of a training run: figures, a table per class, and pictures."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ EVALUATION = "val/"
 
 
 Draw = Callable[..., Iterable[tuple[str, np.ndarray]]]
-"""draw(method, dataset, classes, settings, device, charts) -> the pictures beside an evaluation's
-figures, uint8 [H, W, 3] by name. Called on rank 0, no collective. charts: `Method.charts()`.
+"""draw(method, dataset, classes, settings, device, charts, class_vectors) -> the pictures beside an
+evaluation's figures, uint8 [H, W, 3] by name. Called on rank 0, no collective. charts and
+class_vectors: what the method's hooks of these names returned.
 """
 
 
@@ -60,9 +61,9 @@ class Validator:
         )
 
     def __call__(self, method: Method, tracker: Tracker, step: int) -> dict[str, float]:
-        """All / Base / Novel mIoU and more; table, panels and charts logged. Collective."""
+        """All / Base / Novel mIoU and more; table and pictures logged. Collective."""
         settings = self.settings
-        charts = method.charts()
+        charts, class_vectors = method.charts(), method.class_vectors()
         result = evaluate(
             method,
             self.dataset,
@@ -73,7 +74,9 @@ class Validator:
             num_processes=self.config.loader.processes,
         )
         if dist.rank() == 0 and self.draw is not None:
-            pictures = self.draw(method, self.dataset, self.classes, settings, self.device, charts)
+            pictures = self.draw(
+                method, self.dataset, self.classes, settings, self.device, charts, class_vectors
+            )
             for name, image in pictures:
                 tracker.log_image(name, image, step)
         dist.barrier()

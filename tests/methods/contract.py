@@ -24,7 +24,7 @@ from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import EngineConfig, OptimizerConfig, RunConfig, from_json, to_json
 from memseg_dist.data.loader import Source, TrainLoader
-from memseg_dist.methods.method import Method, MethodConfig
+from memseg_dist.methods.method import PER_CLASS, Method, MethodConfig
 from memseg_dist.train import loop
 from memseg_dist.train.checkpoint import Checkpoint
 from memseg_dist.train.engine import TorchEngine
@@ -214,9 +214,25 @@ class MethodContract:
             predictions.append(dense)
             norm = model.method.embed(images).norm(dim=1)
             torch.testing.assert_close(norm, torch.ones_like(norm))
+            self._check_figures(model.method, len(model.label_space), model.method.embed(images))
             for picture in model.method.maps(images, [0, 1]).values():
                 assert picture.shape[0] == 2 and 0 <= picture.min() <= picture.max() <= 1
         assert torch.equal(*predictions)
+
+    @staticmethod
+    def _check_figures(method: Method, num_classes: int, embedded: torch.Tensor) -> None:
+        """Of the hooks that an evaluation asks for figures."""
+        for name, values in method.charts().items():
+            assert values.ndim == 1 and values.device.type == "cpu", name
+            assert not name.endswith(PER_CLASS) or len(values) == num_classes, name
+        found = method.class_vectors()
+        if found is not None:
+            class_ids, vectors = found
+            assert class_ids.dtype == torch.int64 and class_ids.shape == vectors.shape[:1]
+            assert vectors.is_floating_point() and vectors.shape[1] == embedded.shape[1]
+            assert class_ids.device.type == vectors.device.type == "cpu"
+            assert (class_ids.diff() >= 0).all() and torch.isfinite(vectors).all()
+            assert not len(class_ids) or 0 <= class_ids[0] <= class_ids[-1] < num_classes
 
     def test_looking_leaves_memories_alone(self, data, tmp_path):
         method, config = self.build(data, tmp_path)

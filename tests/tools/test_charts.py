@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from memseg_dist.tools.pictures.draw import MAX_BARS, draw_chart
+from memseg_dist.tools.pictures.draw import MAX_BARS, MAX_NAMED_BARS, draw_chart
 
 
 @pytest.mark.parametrize("count", [0, 1, MAX_BARS, 5000])
@@ -27,6 +27,18 @@ def test_values_that_are_not_finite_are_left_out(count):
     values = np.ones(count)
     values[0], values[1] = np.nan, np.inf
     assert draw_chart("rows", values).shape == (300, 800, 3)
+
+
+def test_bars_have_the_names_of_their_classes_where_these_fit():
+    def draw(count, *names):
+        return draw_chart("rows", np.ones(count), *names)
+
+    names = {1: "cat", 3: "dog"}
+    assert not np.array_equal(draw(4, names), draw(4))
+    assert not np.array_equal(draw(4, names), draw(4, {1: "cat", 2: "dog"}))
+    assert draw(MAX_NAMED_BARS, names).shape == (300, 800, 3)
+    crowded = draw(MAX_NAMED_BARS + 1, names)
+    assert np.array_equal(crowded, draw(MAX_NAMED_BARS + 1, {0: "cow"}))
 
 
 def test_drawing_leaves_the_plotting_state_alone():

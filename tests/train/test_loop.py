@@ -249,7 +249,12 @@ def test_panels_table_and_status_reach_the_tracker(whole, data, tmp_path):
     loop.train(config, Here(), tracker, TorchEngine, draw_validation)
     assert tracker.status == "finished"
     names = [(name, step) for name, _, step in tracker.images]
-    assert names == [("panels/00", 1), ("charts/memory/rows per class", 1)]
+    assert names == [
+        ("panels/00", 1),
+        ("charts/memory/rows per class", 1),
+        ("class vectors/similarity", 1),
+        ("class vectors/embedding", 1),
+    ]
     assert "novel" in tracker.texts["validation/step-00000001.txt"]
     assert from_json(tracker.texts["config.json"]) == config
 

@@ -70,5 +70,11 @@ class PixelMemory:
         """float [C] on the host: how many rows of each class are set."""
         return self.read.counts.view(self.num_scopes, -1).sum(dim=0).float().cpu()
 
+    def set_means(self) -> tuple[Tensor, Tensor]:
+        """Class ids int64 [n], ascending, and means [n, D] of the rings with rows, on the host."""
+        ring = self.read.counts.nonzero()[:, 0]
+        class_ids, order = (ring % self.num_classes).sort(stable=True)
+        return class_ids.cpu(), self.read.means[ring[order]].cpu()
+
     def _first_ring(self, clock: Clock) -> int:
         return clock.slot * self.num_classes if self.num_scopes > 1 else 0

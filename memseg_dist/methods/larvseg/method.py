@@ -248,3 +248,7 @@ class LarvSeg(Method):
 
     def charts(self) -> dict[str, Tensor]:
         return {} if self.memory is None else {"memory/rows per class": self.memory.sizes()}
+
+    def class_vectors(self) -> tuple[Tensor, Tensor] | None:
+        """The means of Eq. 3."""
+        return None if self.memory is None else self.memory.set_means()

@@ -243,8 +243,14 @@ class RCA(Method):
     def charts(self) -> dict[str, Tensor]:
         charts = {}
         if self.memory is not None:
-            filled_L = self.memory.per_class().rows[self.class_ids]
-            charts["memory/rows set per class"] = torch.from_numpy(filled_L).double()
+            filled_C = self.memory.per_class().rows
+            charts["memory/rows set per class"] = torch.from_numpy(filled_C).double()
         if len(self.net.prototypes):
             charts["prototypes/rows per prototype"] = self.net.prototypes.cluster_sizes()
         return charts
+
+    def class_vectors(self) -> tuple[Tensor, Tensor]:
+        """The prototypes, but the noise that the released code starts from."""
+        prototypes = self.net.prototypes
+        is_found = prototypes.sizes > 0
+        return prototypes.classes[is_found].long().cpu(), prototypes.vectors[is_found].cpu()

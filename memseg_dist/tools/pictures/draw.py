@@ -1,4 +1,4 @@
-"""What a run shows of itself: panels of a few validation images, and charts of its memories."""
+"""What a run shows of itself: panels of a few validation images, charts and class vectors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from memseg_dist.config import ValidationConfig
 from memseg_dist.evaluation.evaluate import EvaluationImages, to_evaluated
 from memseg_dist.evaluation.metrics import EvaluatedClass
 from memseg_dist.evaluation.sliding import SLIDE, Inference, segment
-from memseg_dist.methods.method import Method, evaluation_mode
+from memseg_dist.methods.method import PER_CLASS, Method, evaluation_mode
 from memseg_dist.nn.resize import upsample_positions
-from memseg_dist.tools.pictures.panels import Pixels, panel, to_pixels
+from memseg_dist.tools.pictures.panels import Pixels, fit, panel, to_pixels
+from memseg_dist.tools.pictures.vectors import draw_class_vectors
 
 SEARCHED_PER_PANEL = 25
 """How many images are looked at, per panel wanted, for one that shows a novel class."""
 MAX_BARS = 128
 """A chart of more figures is a histogram."""
+MAX_NAMED_BARS = 40
+"""Up to so many bars of classes have the names of the classes below them."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,22 @@ def draw_validation(
     settings: ValidationConfig,
     device: torch.device,
     charts: Mapping[str, Tensor],
+    class_vectors: tuple[Tensor, Tensor] | None,
 ) -> Iterator[tuple[str, Pixels]]:
     """The pictures of one evaluation by name: a run's `train.validate.Draw`."""
     inference = Inference(settings.mode, window=settings.window, stride=settings.stride)
     panels = draw_panels(method, dataset, classes, settings.num_panels, device, inference)
     for number, drawn in enumerate(panels):
         yield f"panels/{number:02d}", drawn.image
+    names = {item.class_id: item.name for item in classes}
     for name, values in charts.items():
-        yield f"charts/{name}", draw_chart(name, values.numpy())
+        bar_names = names if name.endswith(PER_CLASS) else None
+        yield f"charts/{name}", draw_chart(name, values.numpy(), bar_names)
+    if class_vectors is not None:
+        with_images = settings.num_panels > 0
+        yield from draw_class_vectors(
+            method, dataset, classes, device, class_vectors, with_images=with_images
+        )
 
 
 def draw_panels(
@@ -118,8 +129,12 @@ def _largest_first(truth: Tensor) -> list[int]:
     return values[counts.argsort(descending=True, stable=True)].tolist()
 
 
-def draw_chart(title: str, values: NDArray[np.floating]) -> Pixels:
+def draw_chart(
+    title: str, values: NDArray[np.floating], names: Mapping[int, str] | None = None
+) -> Pixels:
     """`values` [n] as bars in their order, or beyond MAX_BARS of them as a histogram.
+
+    names: of some or all bars, by index; shown below them if there are at most MAX_NAMED_BARS bars.
 
     Returns uint8 [300, 800, 3]. Values that are not finite are left out and counted in the title.
     ValueError if `values` has more than one axis.
@@ -135,7 +150,11 @@ def draw_chart(title: str, values: NDArray[np.floating]) -> Pixels:
     axes.margins(x=0.01)
     if len(values) <= MAX_BARS:
         axes.bar(np.flatnonzero(is_finite), values[is_finite], width=0.8)
-        axes.set_xlabel("index", fontsize=8)
+        if names and len(values) <= MAX_NAMED_BARS:
+            texts = [fit(names.get(index, str(index)), 16) for index in range(len(values))]
+            axes.set_xticks(range(len(values)), texts, rotation=90)
+        else:
+            axes.set_xlabel("class id" if names else "index", fontsize=8)
     else:
         axes.hist(values[is_finite], bins=64)
         axes.set_xlabel("value", fontsize=8)

@@ -134,7 +134,7 @@ def _side_by_side(
     for number, (title, tile) in enumerate(tiles.items()):
         left = number * (tile_width + gap)
         figure.figimage(tile, left, height - top - tile_height)
-        text = _fit(title, tile_width // 7)
+        text = fit(title, tile_width // 7)
         figure.text(left / width, 1 - 4 / height, text, va="top", fontsize=9)
     patches = [Patch(color=f"#{bytes(color).hex()}", label=text) for color, text in legend]
     corner = (1 - LEGEND_WIDTH / width, 1 - top / height)
@@ -165,7 +165,7 @@ def _legend(
     for area, class_id in sorted(zip((-areas).tolist(), ids.tolist(), strict=True)):
         share = f"  {-100 * area / label_map.size:.1f} %" if with_share else ""
         name = "not labelled" if class_id == IGNORE else names[class_id]
-        rows.append((colors.get(class_id, IGNORED), _fit(name, 20) + share))
+        rows.append((colors.get(class_id, IGNORED), fit(name, 20) + share))
     if len(rows) > max_rows:
         rows = [*rows[: max_rows - 1], (PAPER, f"and {len(rows) - max_rows + 1} more")]
     return rows
@@ -190,7 +190,7 @@ def _check_sizes(image: Pixels, values: NDArray, what: str) -> None:
         )
 
 
-def _fit(text: str, length: int) -> str:
+def fit(text: str, length: int) -> str:
     """At most so many letters; "$" would begin a formula."""
     cut = text if len(text) <= length else f"{text[: max(length - 3, 0)]}..."
     return cut.replace("$", r"\$")

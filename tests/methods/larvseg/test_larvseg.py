@@ -265,6 +265,20 @@ def test_maps_and_charts_show_the_memory():
     assert per_slot.charts()["memory/rows per class"].shape == (NUM_CLASSES,)
     baseline = build(dataclasses.replace(SETTINGS, attention="off"))
     assert not baseline.maps(images, [0, 1, 2, 3]) and not baseline.charts()
+    assert baseline.class_vectors() is None
+
+
+@pytest.mark.parametrize("scope", ["global", "slot"])
+def test_class_vectors_are_the_means_of_the_classes_with_rows(scope):
+    method = build(dataclasses.replace(SETTINGS, memory_scope=scope), num_slots=2)
+    read = method.memory.read
+    read.means.normal_()
+    read.counts.zero_()
+    rings = [1, 3] if scope == "global" else [1, NUM_CLASSES + 1, 3]
+    read.counts[rings] = 2
+    class_ids, vectors = method.class_vectors()
+    assert class_ids.tolist() == [ring % NUM_CLASSES for ring in rings]
+    assert torch.equal(vectors, read.means[rings])
 
 
 class TestContract(MethodContract):

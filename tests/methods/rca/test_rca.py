@@ -499,10 +499,13 @@ def test_unknown_sources_labels_and_classes_are_named():
 def test_charts_show_classes_and_clusters():
     method = build()
     assert set(method.charts()) == {"memory/rows set per class"}
+    vectors = torch.randn(4, DIM)
     method.net.prototypes = Prototypes(
-        torch.zeros(3, DIM), torch.tensor([0, 0, 1]), torch.tensor([2, 5, 1])
+        vectors, torch.tensor([0, 0, 1, 2]), torch.tensor([2, 5, 1, 0])
     )
-    assert method.charts()["prototypes/rows per prototype"].tolist() == [5, 2, 1]
+    assert method.charts()["prototypes/rows per prototype"].tolist() == [5, 2, 1, 0]
+    class_ids, shown = method.class_vectors()
+    assert class_ids.tolist() == [0, 0, 1] and torch.equal(shown, vectors[:3])  # no noise
 
 
 class TestContract(MethodContract):

@@ -206,3 +206,4 @@ def test_pictures_of_maps_and_charts_reach_the_tracker(data, tmp_path):
     assert any(name.startswith("panels/") for name in names)
     assert any("rows set per class" in name for name in names), names
     assert any("rows per prototype" in name for name in names), names
+    assert "class vectors/similarity" in names, names
