@@ -72,8 +72,6 @@ SCENES = (
     | {
         "FCN + memory, add": NO_RCL | {"fusion": "add"},
         "FCN + memory, weighted add": NO_RCL | {"fusion": "weighted_add"},
-        "FCN + memory, plain weights": NO_RCL | {"weighting": "plain"},
-        "FCN + memory, constant momentum": NO_RCL | {"momentum_schedule": "constant"},
     }
 )
 PICTURES = variants("FCN", controls=True) | variants("DeepLabV3", controls=True)
@@ -84,7 +82,6 @@ COMPARED = {
     "DeepLabV3 + MCIBI": {"DeepLabV3": "+1.15", "DeepLabV3 + memory": ""},
     "FCN + memory": {
         "FCN": "+5.22", "FCN + memory, add": "+1.19", "FCN + memory, weighted add": "+1.01",
-        "FCN + memory, plain weights": "+0.41", "FCN + memory, constant momentum": "+0.23",
         **{f"FCN{what}": "" for what in CONTROLS if what},
     },
     "DeepLabV3 + memory": {
@@ -105,7 +102,7 @@ class Study:
     """One run of every variant for each."""
     variants: tuple[str, ...] = ()
     """Which variants to run; all by default."""
-    steps: int = 400
+    steps: int = 300
     pictures: Path | None = None
     """Folder of shards of real pictures, instead of generated scenes."""
     weights: Path | None = None
@@ -140,20 +137,20 @@ def scenes_run(study: Study) -> RunConfig:
 
 
 def pictures_run(study: Study) -> RunConfig:
-    """Pictures of 240 x 180 pixels, two stages of lite0, crops of 176."""
+    """Pictures of 240 x 180 pixels, crops of 144, two stages of lite0 joined at stride 8."""
     from mcibi_folder import Options, stages
 
-    options = Options(masks=f"{study.pictures}/train", val=f"{study.pictures}/test", crop=176)
+    options = Options(masks=f"{study.pictures}/train", val=f"{study.pictures}/test", crop=144)
     run = stages(options)["train"]
     assert isinstance(run, RunConfig) and run.validation is not None
-    augment = AugmentConfig((240, 180), (0.75, 1.5), 176, photometric=False)
+    augment = AugmentConfig((240, 180), (0.75, 1.5), 144, photometric=False)
     return replace(
         run,
         sources=(replace(run.sources[0], slots=1, augment=augment),),
         launch=ALONE,
-        method=replace(run.method, dim=64, rates=(3, 6, 9), stages=(2, 3)),
+        method=replace(run.method, dim=64, rates=(3, 6, 9), stages=(2, 3), pixels="all"),
         backbone=BackboneConfig(
-            "tf_efficientnet_lite0", str(study.weights), output_stride=8, drop_path=0.0,
+            "tf_efficientnet_lite0", str(study.weights), drop_path=0.0,
             mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         ),
         validation=replace(run.validation, resize=(240, 180)),

@@ -31,8 +31,8 @@ from memseg_dist.pipeline import JobOptions, main
 from memseg_dist.stages import Stage
 from memseg_dist.tools.shipped import recipe
 
-METHOD = MCIBIConfig(dim=64, bins=(1, 2, 3, 6), rates=(2, 4, 6), stages=(-2, -1))
-"""Narrow heads, and dilations that fit maps of 12 x 12 positions."""
+METHOD = MCIBIConfig(dim=64, rates=(2, 4, 6), stages=(-2, -1), consistency_epochs=0.5)
+"""Narrow heads, dilations that fit maps of 12 x 12 positions, and runs of a few epochs."""
 
 
 @dataclass(frozen=True)
