@@ -22,8 +22,9 @@ EVALUATION = "val/"
 
 
 Draw = Callable[..., Iterable[tuple[str, np.ndarray]]]
-"""draw(method, dataset, classes, settings, device, charts) -> the pictures beside an evaluation's
-figures, uint8 [H, W, 3] by name. Called on rank 0, no collective. charts: `Method.charts()`.
+"""draw(method, dataset, classes, num_panels, device, inference, charts) -> the pictures beside an
+evaluation's figures, uint8 [H, W, 3] by name. Called on rank 0, no collective. charts:
+`Method.charts()`.
 """
 
 
@@ -51,6 +52,7 @@ class Validator:
             exclude=settings.exclude,
             training_images=training_image_counts(config, label_space),
         )
+        self.inference = Inference.of(settings, label_space.vocabulary)
         self.dataset = EvalDataset(
             settings.path,
             label_space,
@@ -68,12 +70,20 @@ class Validator:
             self.dataset,
             self.classes,
             device=self.device,
-            inference=Inference(settings.mode, window=settings.window, stride=settings.stride),
+            inference=self.inference,
             max_images=settings.max_images,
             num_processes=self.config.loader.processes,
         )
         if dist.rank() == 0 and self.draw is not None:
-            pictures = self.draw(method, self.dataset, self.classes, settings, self.device, charts)
+            pictures = self.draw(
+                method,
+                self.dataset,
+                self.classes,
+                settings.num_panels,
+                self.device,
+                self.inference,
+                charts,
+            )
             for name, image in pictures:
                 tracker.log_image(name, image, step)
         dist.barrier()
