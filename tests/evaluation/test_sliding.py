@@ -350,20 +350,22 @@ class LiveBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("average", "mode", "out_size"),
-    [("probabilities", "whole", (64, 48)), ("logits", "slide", (48, 32))],
+    ("average", "mode", "scales", "out_size"),
+    [
+        ("probabilities", "whole", (0.5, 1.0, 1.5), (64, 48)),
+        ("logits", "slide", (0.5, 1.0, 1.5), (48, 32)),
+        ("logits", "whole", (1.0,), (48, 32)),
+    ],
 )
-def test_views_keep_to_the_memory(average, mode, out_size):
+def test_views_keep_to_the_memory(average, mode, scales, out_size):
     weight, bound = integer_weight(300), 3 * 2**20
     options = Inference(
-        mode, window=32, stride=16, scales=(0.5, 1.0, 1.5), flip=True, average=average,
+        mode, window=32, stride=16, scales=scales, flip=True, average=average,
         memory_bytes=bound,
     )  # fmt: skip
     with torch.no_grad(), LiveBytes() as live:
-        segment_confident(
-            integer_predict(weight), picture(48, 32), torch.arange(300), options, out_size
-        )
-    num_views, (height, width) = 6, out_size
+        segment(integer_predict(weight), picture(48, 32), torch.arange(300), options, out_size)
+    num_views, (height, width) = 2 * len(scales), out_size
     maps = (4 + 8 + 4 + 4 * num_views) * height * width  # best, label, sums
     windows = [
         part
