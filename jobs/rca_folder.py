@@ -47,7 +47,11 @@ def stages(options: Options) -> dict[str, Stage]:
     known, crop = vocabularies(options), options.crop
     scored = set(known["val"].uids) - {BACKGROUND}
     whole = AugmentConfig(
-        crop=crop, scale_range=(1.0, 1.0), keep_ratio=False, category_max_ratio=1.0
+        resize=(crop, crop),
+        scale_range=(1.0, 1.0),
+        crop=crop,
+        keep_ratio=False,
+        category_max_ratio=1.0,
     )
     parts = AugmentConfig(crop=crop, resize=(4 * crop, crop), category_max_ratio=1.0)
     classifier = options.run(

@@ -29,7 +29,13 @@ from memseg_dist.stages import LabelConfig, Stage, result
 
 BACKGROUND = "background"
 """Uid of the background class in the recipes' vocabularies."""
-AUGMENT = AugmentConfig(crop=368, scale_range=(1.0, 1.0), keep_ratio=False, category_max_ratio=1.0)
+AUGMENT = AugmentConfig(
+    resize=(368, 368),
+    scale_range=(1.0, 1.0),
+    crop=368,
+    keep_ratio=False,
+    category_max_ratio=1.0,
+)
 VGG16 = BackboneConfig("vgg16.tv_in1k", "hub", output_stride=8, drop_path=0.0)
 SEGMENTER_OPTIMIZER = OptimizerConfig(
     lr=2.5e-3, weight_decay=5e-4, min_lr=0.0, backbone_lr_scale=0.1

@@ -58,7 +58,7 @@ class Options(RCAOptions):
 
 def stages(options: Options) -> dict[str, Stage]:
     train, val = f"{options.data}/train", f"{options.data}/val"
-    augment = AugmentConfig(crop=96, scale_range=(1.0, 1.0), keep_ratio=False, photometric=False,
+    augment = AugmentConfig((96, 96), (1.0, 1.0), crop=96, keep_ratio=False, photometric=False,
                             category_max_ratio=1.0)  # fmt: skip
     source = Source("weak", train, "labels", 2, 8, augment, hide_mask=True, exclude=(BACKGROUND,))
     classifier = options.run(

@@ -62,7 +62,7 @@ class Batch:
         the host, so sizes that depend on them never cost a device synchronisation.
     skipped: how many of the B samples could not be read and were blanked (counted, reported).
     crop_boxes: per image where its crop lies in the stored image; () if whoever made the batch does
-        not say.
+        not say, or turns crops (`AugmentConfig.rotate`): a box cannot say where a turned one lies.
     saliency: float32 [B, H, W] in 0..1, -1 on padding; None without `Source.saliency`.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,3 +31,16 @@ def check_numbers(
         require(name not in positive or value > 0, key, value, "above 0")
         require(name not in not_negative or value >= 0, key, value, "0 or more")
         require(name not in shares or 0 <= value <= 1, key, value, "from 0 to 1")
+
+
+def check_scales(scales: Sequence[float], key: str) -> None:
+    """Sizes of a picture to look at, relative to its own."""
+    is_fine = len(scales) > 0 and all(0 < scale < math.inf for scale in scales)
+    require(is_fine, key, scales, "one or more finite numbers above 0")
+
+
+def check_pairs(pairs: Sequence[Sequence[object]], key: str) -> None:
+    """Pairs of classes that a mirror turns into each other."""
+    classes = [item for pair in pairs for item in pair]
+    is_fine = all(len(pair) == 2 for pair in pairs) and len(set(classes)) == len(classes)
+    require(is_fine, key, pairs, "pairs of two different classes, each class in one pair at most")

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 
 from memseg_dist import jsonable
-from memseg_dist.checks import check_numbers, require
+from memseg_dist.checks import check_numbers, check_pairs, check_scales, require
 from memseg_dist.data.files import absolute
 from memseg_dist.data.loader import Source
 from memseg_dist.methods import kinds  # noqa: F401 (fills MethodConfig.kinds)
@@ -46,6 +46,14 @@ class ValidationConfig:
     """Side of a sliding window in pixels."""
     stride: int = 512
     """Step between windows in pixels."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes of the image to look at, relative to the fitted one; their results are averaged."""
+    flip: bool = False
+    """Look at the mirror image of each size as well."""
+    swap: tuple[tuple[str, str], ...] = ()
+    """Pairs of class uids that a mirror turns into each other, as a left and a right arm."""
+    average: Literal["logits", "probabilities"] = "logits"
+    """What is averaged over the scales and mirror images."""
     base: Uids = ()
     """Class uids that had masks in training. Empty together with `novel`: only All is reported."""
     novel: Uids = ()
@@ -72,6 +80,8 @@ class ValidationConfig:
                 f"validation.stride {self.stride} is larger than validation.window {self.window}: "
                 "pixels between the windows would have no prediction; use stride <= window"
             )
+        check_scales(self.scales, "validation.scales")
+        check_pairs(self.swap, "validation.swap")
         both = sorted(set(self.base) & set(self.novel))
         require(not both, "validation.novel", both, "uids that are not in validation.base too")
 

@@ -20,6 +20,7 @@ from memseg_dist.batch import Clock
 from memseg_dist.cli import main
 from memseg_dist.config import EngineConfig
 from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.evaluation.sliding import Inference, segment
 from memseg_dist.tools.shards import Sample, finish, write_shard
 from memseg_dist.train.checkpoint import save
 from memseg_dist.train.engine import TorchEngine
@@ -110,6 +111,34 @@ def test_predict_names_flag_and_value(run, pictures, tmp_path):
     blocked.write_text("")
     message = fails("predict", image, "--checkpoint", run[1], "--out", blocked / "out")
     assert "cannot write to" in message
+
+
+VIEWS = ("--scales", 0.5, 1.5, "--flip", True, "--swap", "n0", "n1", "--average", "probabilities")
+
+
+def test_flags_of_multi_scale_testing(run, pictures, tmp_path, monkeypatch):
+    found = []
+
+    def watched(*arguments):
+        found.append(arguments[3])
+        return segment(*arguments)
+
+    monkeypatch.setattr("memseg_dist.tools.predict.segment", watched)
+    monkeypatch.setattr("memseg_dist.evaluation.evaluate.segment", watched)
+    common = ["--checkpoint", run[1], "--out", tmp_path]
+    command("predict", pictures / "one.jpg", *common, *VIEWS)
+    command("eval", *common, "--max-images", 1, *VIEWS)
+    command("predict", pictures / "one.jpg", *common, "--flip", False)
+    views = {"scales": (0.5, 1.5), "flip": True, "swap": ((0, 1),), "average": "probabilities"}
+    expected = Inference("whole", (32, 32), **views)
+    assert found == [expected, expected, Inference("whole", (32, 32))]
+    for flags, message in (
+        (("--scales", 0), "--scales is (0.0,); it must be one or more finite numbers above 0"),
+        (("--scales", 1, "nan"), "--scales is (1.0, nan)"),
+        (("--swap", "n0", "n0"), "--swap is"),
+        (("--swap", "n0", "n77"), "--swap: vocabulary of the label space: no class has uid 'n77'"),
+    ):
+        assert message in fails("predict", pictures / "one.jpg", *common, *flags)
 
 
 def test_a_damaged_checkpoint_is_refused(run, pictures, tmp_path):

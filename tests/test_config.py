@@ -42,7 +42,15 @@ def changed(config: RunConfig, path: str, value) -> str:
 def test_json_round_trip_is_exact(config):
     elastic = dataclasses.replace(config, launch=LaunchConfig("ray", workers=(1, 4)))
     classify = dataclasses.replace(config, method=ClassifyConfig(), validation=None)
-    for each in (config, elastic, classify):
+    looking_twice = dataclasses.replace(
+        config,
+        validation=ValidationConfig("val", scales=(0.5, 1.0), flip=True, swap=(("a", "b"),)),
+        sources=tuple(
+            dataclasses.replace(source, swap_on_flip=(("a", "b"), ("c", "d")))
+            for source in config.sources
+        ),
+    )
+    for each in (config, elastic, classify, looking_twice):
         assert from_json(to_json(each)) == each
 
 
@@ -83,6 +91,12 @@ def test_unknown_key_names_file_key_and_neighbours(config, path, near):
         ("launch.workers", 0, r"launch.workers is 0; it must be 1 or more"),
         ("engine.zero_stage", 3, r"zero_stage 3 is not supported.*use 2"),
         ("validation.novel", ["n0"], r"validation.novel is \['n0'\]"),
+        ("validation.scales", [], r"validation.scales is \(\); it must be one or more finite"),
+        ("validation.scales", [1, -1], r"validation.scales is \(1.0, -1.0\)"),
+        ("validation.swap", [["a", "a"]], r"validation.swap is .* pairs of two different classes"),
+        ("validation.average", "sum", r"validation.average is 'sum'; it must be one of"),
+        ("sources.0.swap_on_flip", [["a", "b"], ["b", "c"]], r"'masks': swap_on_flip is"),
+        ("sources.0.augment.rotate", -5, r"rotate -5.0 is an angle"),
         ("every.log", 0, r"every.log is 0; it must be above 0"),
         ("name", "a/b", r"name is 'a/b'; it must be a name without '/'"),
         ("sources", [], r"sources is \(\); it must be at least one source"),

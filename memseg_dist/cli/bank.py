@@ -128,7 +128,7 @@ def _pixel_embedding(
     column, row = at
     if not (0 <= column < width and 0 <= row < height):
         raise ValueError(f"--at {column} {row}: {image} has {width} x {height} pixels")
-    resize = options.resolved(model.config).resize
+    resize = options.resolved(model).resize
     small = resize_image(pixels, fitted_size(height, width, resize)).to(model.device)
     model.method.eval()
     with torch.no_grad():

@@ -8,10 +8,11 @@ from typing import Annotated, TypeAlias
 
 from tyro.conf import arg
 
-from memseg_dist.config import RunConfig, ValidationConfig
+from memseg_dist.checks import check_pairs, check_scales
+from memseg_dist.config import ValidationConfig
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.evaluation.lookup import find_classes
-from memseg_dist.evaluation.sliding import Inference, Mode
+from memseg_dist.evaluation.sliding import Average, Inference, Mode
 from memseg_dist.train.load_model import Model, chosen_device, find_checkpoint, load_model
 
 
@@ -37,18 +38,38 @@ class InferenceOptions:
     """Side of a window in pixels."""
     stride: int | None = None
     """Step between windows in pixels."""
+    scales: tuple[float, ...] | None = None
+    """Multi-scale testing: sizes to look at, relative to the fitted picture (0.75 1.0 1.25)."""
+    flip: bool | None = None
+    """Look at the mirror image of each size as well."""
+    swap: tuple[tuple[str, str], ...] | None = None
+    """Pairs of class uids that a mirror turns into each other: left-arm right-arm left-leg ..."""
+    average: Average | None = None
+    """What is averaged over the scales and mirror images."""
     memory: int = 512
     """MiB that upsampling the logits may take, at any number of classes."""
 
-    def resolved(self, config: RunConfig) -> Inference:
-        usual = config.validation or ValidationConfig(path="")
+    def resolved(self, model: Model) -> Inference:
+        """ValueError names the flag."""
+        vocabulary = model.label_space.vocabulary
+        usual = Inference.of(model.config.validation or ValidationConfig(path=""), vocabulary)
         if self.memory < 1:
             raise ValueError(f"--memory {self.memory}: must be 1 MiB or more")
+        scales = usual.scales if self.scales is None else self.scales
+        check_scales(scales, "--scales")
+        swap = usual.swap
+        if self.swap is not None:
+            check_pairs(self.swap, "--swap")
+            swap = vocabulary.index_pairs(self.swap, "--swap")
         return Inference(
             mode=self.mode or usual.mode,
             resize=self.resize or usual.resize,
             window=self.window or usual.window,
             stride=self.stride or min(usual.stride, self.window or usual.window),
+            scales=scales,
+            flip=usual.flip if self.flip is None else self.flip,
+            swap=swap,
+            average=self.average or usual.average,
             memory_bytes=self.memory * 2**20,
         )
 

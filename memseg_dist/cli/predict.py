@@ -39,7 +39,7 @@ def predict(
             )
     opened = open_model(model)
     vocabulary = opened.label_space.vocabulary
-    settings = inference.resolved(opened.config)
+    settings = inference.resolved(opened)
     class_ids = chosen_classes(vocabulary, classes, "--classes")
     make_folder(out)
     console = Console(stderr=True)

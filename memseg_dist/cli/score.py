@@ -61,7 +61,7 @@ def score(
     if panels and out is None:
         raise ValueError(f"--panels {panels} needs --out, the folder to write them to")
     opened = open_model(model, with_memories=bool(panels))
-    settings = inference.resolved(opened.config)
+    settings = inference.resolved(opened)
     dataset, classes = _evaluated(opened, data, settings, ignore_unknown, buckets)
     images: dict[str, Any] = {
         "device": opened.device,

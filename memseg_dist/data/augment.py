@@ -1,7 +1,8 @@
 """Paired augmentation of an image, its mask and its saliency (LarvSeg's training pipeline).
 
-Resize, random crop, flip, photometric distortion, padding to the crop at the right and bottom. All
-randomness comes from the one seed that a call is given; no global generator is used or changed.
+Resize, random crop, flip, rotation, photometric distortion, padding to the crop at the right and
+bottom. All randomness comes from the one seed that a call is given; no global generator is used or
+changed.
 
 Deviations from the paper's code, each for a reason: images are resized with antialiasing (cv2's
 bilinear aliases when it shrinks); padding is carried as `valid` instead of being seen as image; the
@@ -12,12 +13,15 @@ Shape letters: H x W pixels of the image as stored, C = crop.
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
@@ -32,13 +36,15 @@ _HUE = 0.1  # of the colour circle: 18 in OpenCV's 8-bit hue, whose circle has 1
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """resize: (long, short) sides that the image is made to fit at scale 1, keeping its ratio.
+    """resize: (long, short) sides at scale 1. keep_ratio: the image is made to fit into them, its
+    ratio kept; else its sides become exactly these, whatever its ratio ((520, 520): a square).
 
     scale_range: factors drawn uniformly. crop: side of the square output in pixels. flip: chance.
     category_max_ratio: a crop is drawn again (10 times at most) while one class covers this share
     of its known pixels; 1.0 = never look at the mask when choosing the crop.
-    keep_ratio: False stretches every image to a square of crop x scale pixels, whatever its ratio,
-    and `resize` is not used (RCA: 368 x 368 at scale 1).
+    rotate: a share `rotate_chance` of the crops is turned about its centre, by an angle drawn
+    uniformly from -rotate..rotate degrees. A turned crop shows what of the image is there, beyond
+    the sides of the straight crop too; what lies outside the image is padding.
     """
 
     resize: tuple[int, int] = (2048, 512)
@@ -48,6 +54,8 @@ class AugmentConfig:
     photometric: bool = True
     category_max_ratio: float = 0.75
     keep_ratio: bool = True
+    rotate: float = 0.0
+    rotate_chance: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resize", tuple(self.resize))
@@ -63,13 +71,19 @@ class AugmentConfig:
                 f"augmentation: flip {self.flip} is a chance in 0..1 and category_max_ratio "
                 f"{self.category_max_ratio} a share above 0, at most 1"
             )
+        if not (0 <= self.rotate <= 180 and 0 <= self.rotate_chance <= 1):
+            raise ValueError(
+                f"augmentation: rotate {self.rotate} is an angle of 0..180 degrees and "
+                f"rotate_chance {self.rotate_chance} a chance in 0..1"
+            )
 
 
 class Augmented(NamedTuple):
     """One crop and where it lies.
 
     image uint8 [3, C, C]; valid bool [C, C], False on padding; mask int32 [C, C] or None; saliency
-    float32 [C, C] in 0..1, -1 on padding, or None.
+    float32 [C, C] in 0..1, -1 on padding, or None. crop_box: with `rotate`, where the crop lay
+    before it was turned.
     """
 
     image: Tensor
@@ -88,12 +102,18 @@ def fitted_size(
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
+def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
+    """(height, width) times `scale`, rounded, at least 1."""
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
 def resized_size(height: int, width: int, config: AugmentConfig, scale: float) -> tuple[int, int]:
     """(height, width) of the image that crops are cut from."""
     if config.keep_ratio:
         return fitted_size(height, width, config.resize, scale)
-    side = max(1, int(config.crop * scale + 0.5))
-    return side, side
+    long, short = max(config.resize), min(config.resize)
+    sides = (long, short) if height > width else (short, long)
+    return scaled_size(*sides, scale)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -104,6 +124,17 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 def nearest_indices(old: int, new: int) -> Tensor:
     """int64 [new]: the pixel of `old` that holds the centre of each new pixel."""
     return ((torch.arange(new) * 2 + 1) * old) // (2 * new)
+
+
+def swap_ids(ids: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """`ids` with the two of each pair in each other's place: a left arm in a mirror is a right one.
+
+    pairs: an id is in one of them at most.
+    """
+    swapped = ids
+    for one, other in pairs:
+        swapped = torch.where(ids == one, other, torch.where(ids == other, one, swapped))
+    return swapped
 
 
 def augment(
@@ -128,31 +159,69 @@ def augment(
     looked_at = mask if crop_by_mask and config.category_max_ratio < 1 else None
     top, left = _crop_box(rows, columns, looked_at, config, draw)
     image = resize_image(image, (new_height, new_width))
-    image = image[:, top : top + crop, left : left + crop]
-    rows, columns = rows[top : top + crop], columns[left : left + crop]
+    num_rows, num_columns = min(crop, new_height - top), min(crop, new_width - left)
     flipped = draw.random() < config.flip
-    if flipped:
-        image, columns = functional.horizontal_flip_image(image), columns.flip(0)
-    if config.photometric:
-        image = distort_colours(image, draw)
     crop_box = CropBox(
         left / new_width,
         top / new_height,
-        len(columns) / new_width,
-        len(rows) / new_height,
+        num_columns / new_width,
+        num_rows / new_height,
         flipped,
-        len(rows),
-        len(columns),
+        num_rows,
+        num_columns,
     )
+    if config.rotate and draw.random() < config.rotate_chance:
+        angle = math.radians(config.rotate * (2 * draw.random() - 1))
+        y, x = _turned(top + num_rows / 2, left + num_columns / 2, crop, angle, crop_box)
+        inside = (y >= 0) & (y < new_height) & (x >= 0) & (x < new_width)
+        image = _sampled(image, y, x)
+        row = rows[y.long().clamp_(0, new_height - 1)]
+        column = columns[x.long().clamp_(0, new_width - 1)]
+    else:
+        image = image[:, top : top + crop, left : left + crop]
+        inside = torch.ones(num_rows, num_columns, dtype=torch.bool)
+        row, column = rows[top : top + crop, None], columns[left : left + crop]
+        if flipped:
+            image, column = functional.horizontal_flip_image(image), column.flip(0)
+    if config.photometric:
+        image = distort_colours(image, draw)
+
+    def padded(pixels: Tensor, fill: int) -> Tensor:
+        return _padded(pixels.masked_fill(~inside, fill), crop, fill)
+
     return Augmented(
-        image=_padded(image, crop, 0),
-        valid=_padded(torch.ones(image.shape[1:], dtype=torch.bool), crop, False),
-        mask=None if mask is None else _padded(mask[rows][:, columns], crop, IGNORE),
+        image=padded(image, 0),
+        valid=_padded(inside, crop, False),
+        mask=None if mask is None else padded(mask[row, column], IGNORE),
         crop_box=crop_box,
-        saliency=None
-        if saliency is None
-        else _padded(saliency[rows][:, columns].float() / 255, crop, -1),
+        saliency=None if saliency is None else padded(saliency[row, column].float() / 255, -1),
     )
+
+
+def _turned(
+    centre_y: float, centre_x: float, crop: int, angle: float, box: CropBox
+) -> tuple[Tensor, Tensor]:
+    """Where each pixel of a turned crop looks: y, x [C, C] in pixels of the resized image.
+
+    centre: of the straight crop's valid part, about which it is turned by `angle` radians.
+    """
+    offset = torch.arange(crop, dtype=torch.float64) + 0.5
+    down, across = (offset - box.rows / 2)[:, None], (offset - box.columns / 2)[None]
+    cosine, sine = math.cos(angle), math.sin(angle)
+    y, x = cosine * down - sine * across, sine * down + cosine * across
+    return centre_y + y, centre_x + (-x if box.flipped else x)
+
+
+def _sampled(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """uint8 [3, H, W] at the points y, x [C, C], bilinear: uint8 [3, C, C]. Pixel (i, j) has its
+    centre at (i + 0.5, j + 0.5); the image goes on beyond its border as it ends there.
+    """
+    height, width = image.shape[1:]
+    grid = torch.stack([2 * x / width - 1, 2 * y / height - 1], dim=-1).float()
+    pixels = F.grid_sample(
+        image[None].float(), grid[None], padding_mode="border", align_corners=False
+    )
+    return pixels[0].round().to(torch.uint8)
 
 
 def _crop_box(

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE, UNREADABLE, Batch, Supervision, derive_seed
-from memseg_dist.checks import check_numbers, require
-from memseg_dist.data.augment import AugmentConfig, Augmented, augment
+from memseg_dist.checks import check_numbers, check_pairs, require
+from memseg_dist.data.augment import AugmentConfig, Augmented, augment, swap_ids
 from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.decode import CorruptSample
 from memseg_dist.data.index import Index
@@ -38,6 +38,8 @@ class Source:
     shuffled together. on_corrupt: "skip" blanks a sample that cannot be read and counts it.
     saliency: folder or fsspec URL of 8-bit grey PNGs <key>.png of the images' sizes, 255 = salient,
     that are cut as the images are and become `Batch.saliency`.
+    swap_on_flip: pairs of label-space uids that a mirror turns into each other, as a left and a
+    right arm: masks and labels of a flipped crop are swapped.
     """
 
     name: str
@@ -53,10 +55,13 @@ class Source:
     group: int = 16
     on_corrupt: Literal["raise", "skip"] = "raise"
     saliency: str | None = None
+    swap_on_flip: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "swap_on_flip", tuple(map(tuple, self.swap_on_flip)))
         where, counts = f"source {self.name!r}: ", ("slots", "batch_per_slot", "group")
+        check_pairs(self.swap_on_flip, where + "swap_on_flip")
         check_numbers(self, where, positive=counts)
         for name, known in _CHOICES.items():
             value = getattr(self, name)
@@ -84,6 +89,7 @@ class SourceReader:
         self.index = Index.open(source.path, cache_dir)
         kept = kept_ids(source, label_space)
         check_source(source, self.index, len(kept))
+        self._swap = swapped_ids(source, label_space)
         if source.saliency is not None:
             check_has_saliency(source.saliency, self.index.key(0))
         self._reader = Reader(self.index, ShardCache(cache_dir / "shards", cache_bytes), kept)
@@ -118,7 +124,7 @@ class SourceReader:
             supervision=source.supervision,
             keys=tuple(keys),
             skipped=skipped,
-            crop_boxes=tuple(crop.crop_box for crop in crops),
+            crop_boxes=() if source.augment.rotate else tuple(crop.crop_box for crop in crops),
             saliency=saliency,
         )
 
@@ -134,6 +140,11 @@ class SourceReader:
         seed = derive_seed(self._seed, "augment", draw.epoch, key, *copy)
         by_mask = not source.hide_mask
         crop = augment(image, mask, source.augment, seed, crop_by_mask=by_mask, saliency=saliency)
+        if crop.crop_box.flipped and self._swap:
+            mask = None if crop.mask is None else swap_ids(crop.mask, self._swap)
+            crop = crop._replace(mask=mask)
+            ids = torch.tensor(labels, dtype=torch.int64)
+            labels = tuple(sorted(swap_ids(ids, self._swap).tolist()))
         if source.supervision == "none":
             return crop, ()
         return crop, classes_at_half_size(known(crop.mask)) if from_crop else labels
@@ -186,6 +197,21 @@ def kept_ids(source: Source, label_space: LabelSpace) -> NDArray[np.int32]:
     except KeyError as error:
         raise ValueError(f"source {source.name!r}, exclude: {error.args[0]}") from error
     return np.where(np.isin(ids, excluded), np.int32(IGNORE), ids)
+
+
+def swapped_ids(source: Source, label_space: LabelSpace) -> tuple[tuple[int, int], ...]:
+    """`source.swap_on_flip` as label-space ids; ValueError for a class that the source has not."""
+    where = f"source {source.name!r}, swap_on_flip"
+    pairs = label_space.vocabulary.index_pairs(source.swap_on_flip, where)
+    kept = kept_ids(source, label_space)
+    for uids, ids in zip(source.swap_on_flip, pairs, strict=True):
+        for uid, class_id in zip(uids, ids, strict=True):
+            if class_id not in kept:
+                raise ValueError(
+                    f"{where}: {uid!r} is no class of its vocabulary, or is excluded; leave out "
+                    f"the pair {uids}"
+                )
+    return pairs
 
 
 def supervised_ids(

@@ -100,6 +100,15 @@ class Vocabulary:
             )
         return self._ids[uid]
 
+    def index_pairs(
+        self, pairs: Sequence[tuple[str, str]], where: str
+    ) -> tuple[tuple[int, int], ...]:
+        """The ids of pairs of uids; ValueError names an unknown uid and, first, `where`."""
+        try:
+            return tuple((self.index(one), self.index(other)) for one, other in pairs)
+        except KeyError as error:
+            raise ValueError(f"{where}: {error.args[0]}") from error
+
     def to_json(self) -> dict[str, Any]:
         categories = [{**vars(item), "synonyms": [*item.synonyms]} for item in self.categories]
         return {"format": VOCABULARY_FORMAT, "categories": categories}

@@ -1,29 +1,36 @@
 """The exact argmax over any vocabulary, at the image's own size, in bounded memory.
 
 From low-resolution logits to labels everything but the argmax is linear: upsampling each window,
-averaging overlapping windows, resizing to the original size. So classes go through it a chunk at a
-time, with a running maximum; no tensor of shape [classes, pixels] exists.
+averaging overlapping windows, resizing to the original size, averaging the views (scales of the
+image and their mirror images). So classes go through it a chunk at a time, with a running maximum;
+no tensor of shape [classes, pixels] exists. Probabilities can be averaged over the views instead:
+a pass over all classes before gives each view's normaliser.
 
 Shape letters: K classes, k classes of one chunk, windows of n x m pixels with h x w positions each,
-Y x X pixels of the image given to the model, H x W pixels of the result.
+Y x X pixels of a view of the image, H x W pixels of the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memseg_dist.checks import check_pairs, check_scales, require
+from memseg_dist.config import ValidationConfig
+from memseg_dist.data.augment import resize_image, scaled_size, swap_ids
+from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.method import MATMUL_CLASSES, LinearLogits, Prediction
 from memseg_dist.nn.resize import upsample_positions
 
 Predict = Callable[[Tensor, Tensor], Prediction]
 Mode = Literal["whole", "slide"]
+Average = Literal["logits", "probabilities"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,49 @@ class Inference:
     """Longest and shortest side that a picture is fitted to, by whoever reads it."""
     window: int = 512
     stride: int = 512
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes of the picture to look at, relative to the fitted one; each is cut into windows."""
+    flip: bool = False
+    """Look at the mirror image of each size as well."""
+    swap: tuple[tuple[int, int], ...] = ()
+    """Label-space ids of classes that a mirror turns into each other (a left and a right arm)."""
+    average: Average = "logits"
+    """Over scales and mirror images: of the logits, or of their softmax over all classes."""
     memory_bytes: int = 512 * 2**20
     """Bound on what is held at once beyond the predictions (features of h x w x D per window, one
-    set of class vectors) and the maps [H, W] of the result. At least one class is processed at a
-    time, so one class's maps (4 bytes x (Y X + H W)) are the floor."""
+    set of class vectors, two with `swap`) and the maps [H, W] of the result (with "probabilities"
+    one more per view). At least one class is processed at a time, so one class's maps (4 bytes x
+    (Y X + H W), with several views 4 bytes x (Y X + 3 H W) of the largest) and the low-resolution
+    logits of MATMUL_CLASSES classes are the floor."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))
+        check_scales(self.scales, "scales")
+        check_pairs(self.swap, "swap")
+        known = ("logits", "probabilities")
+        require(self.average in known, "average", self.average, f"one of {known}")
+
+    @classmethod
+    def of(cls, settings: ValidationConfig, vocabulary: Vocabulary) -> Self:
+        """As a run's validation looks at pictures; ValueError naming an unknown uid of its `swap`.
+
+        vocabulary: that of the label space.
+        """
+        return cls(
+            mode=settings.mode,
+            resize=settings.resize,
+            window=settings.window,
+            stride=settings.stride,
+            scales=settings.scales,
+            flip=settings.flip,
+            swap=vocabulary.index_pairs(settings.swap, "validation.swap"),
+            average=settings.average,
+        )
+
+    @property
+    def averages_probabilities(self) -> bool:
+        """Of a single view the class with the largest logit is the most probable one anyway."""
+        return self.average == "probabilities" and (self.flip or len(self.scales) > 1)
 
 
 SLIDE, WHOLE = Inference(), Inference(mode="whole")
@@ -59,8 +105,15 @@ class Window:
 
 
 class _View(NamedTuple):
-    window: Window
-    prediction: Prediction
+    """The image at one size, perhaps mirrored: its size Y, X, its windows with their predictions,
+    and how many windows see each pixel [Y, X], None if there is one window.
+    """
+
+    size: tuple[int, int]
+    is_mirrored: bool
+    windows: list[Window]
+    predictions: list[Prediction]
+    coverage: Tensor | None
 
 
 def windows(size: tuple[int, int], window: int, stride: int) -> list[Window]:
@@ -99,13 +152,15 @@ def segment(
     inference: Inference = WHOLE,
     out_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Per pixel the index into `classes` of the largest logit: int64 [H, W]; ties: the first index.
+    """Per pixel the index into `classes` of the largest logit (or probability, `Inference.average`)
+    averaged over the views: int64 [H, W]; ties: the first index.
 
     predict: uint8 [1, 3, n, m] and `classes` -> a Prediction, in which the vector of a class must
-        depend on `classes` alone.
+        depend on `classes` alone. Of a mirror image it is asked for the classes that
+        `Inference.swap` puts in their places.
     image: uint8 [3, Y, X]; out_size: H, W of the result, default Y, X.
     """
-    return _best(predict, image, classes, inference, out_size)[0]
+    return _best(predict, image, classes, inference, out_size, confident=False)[0]
 
 
 def segment_confident(
@@ -116,9 +171,7 @@ def segment_confident(
     out_size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `segment`, with the softmax probability of the chosen class: float32 [H, W] in 0..1."""
-    log_sum = torch.full(out_size or image.shape[-2:], -torch.inf, device=image.device)
-    label, best = _best(predict, image, classes, inference, out_size, log_sum)
-    return label, (best - log_sum).exp_()
+    return _best(predict, image, classes, inference, out_size, confident=True)
 
 
 def _best(
@@ -127,103 +180,153 @@ def _best(
     classes: Tensor,
     inference: Inference,
     out_size: tuple[int, int] | None,
-    log_sum: Tensor | None = None,
+    confident: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The argmax and the largest logit; log sum exp over the classes is added to `log_sum`."""
+    """The argmax and what it is the argmax of; `confident`: the probability, whatever it is."""
     views = _views(predict, image, classes, inference)
-    size = (image.shape[-2], image.shape[-1])
-    out_size = out_size or size
+    out_size = out_size or (image.shape[-2], image.shape[-1])
     best = torch.full(out_size, -torch.inf, device=image.device)
     label = torch.zeros(out_size, dtype=torch.int64, device=image.device)
-    coverage = _coverage(views, size, best)
-    num_classes = views[0].prediction.num_classes
+    log_sum = torch.full_like(best, -torch.inf)
+    by_probability = inference.averages_probabilities
+    sums_logits = confident and not by_probability
+    budget, halved = inference.memory_bytes, sums_logits or by_probability
     with torch.autocast(image.device.type, enabled=False):  # the argmax is exact in fp32 only
-        for block in range(0, num_classes, MATMUL_CLASSES):
-            block_stop = min(block + MATMUL_CLASSES, num_classes)
-            low = [view.prediction.chunk(block, block_stop)[0] for view in views]
-            chunk = _chunk_size(views, low, size, out_size, inference.memory_bytes)
-            if log_sum is not None:
-                chunk = max(1, chunk // 2)  # the exponentials take as much again
-            for start in range(block, block_stop, chunk):
-                stop = min(start + chunk, block_stop)
-                maps = [logits[start - block : stop - block] for logits in low]
-                full = _full_resolution(maps, views, coverage, size, out_size)
-                value, index = full.max(dim=0)
-                if log_sum is not None:
-                    torch.logaddexp(log_sum, full.logsumexp(dim=0), out=log_sum)
-                better = value > best  # strictly: of equal logits the earlier chunk keeps the pixel
-                best = torch.where(better, value, best)
-                label = torch.where(better, index + start, label)
-                del full
-            del low, maps  # else two blocks would be held at once
-    return label, best
+        normalisers = None
+        if by_probability:
+            normalisers = [torch.full_like(best, -torch.inf) for _ in views]
+            for _, maps in _chunks(views, out_size, budget, halved):
+                for view, low, normaliser in zip(views, maps, normalisers, strict=True):
+                    of_view = _full_resolution(low, view, out_size).logsumexp(dim=0)
+                    torch.logaddexp(normaliser, of_view, out=normaliser)
+                del maps, low  # else two blocks would be held at once
+        for start, maps in _chunks(views, out_size, budget, halved):
+            full = _mean_over_views(maps, views, out_size, normalisers)
+            value, index = full.max(dim=0)
+            if sums_logits:
+                torch.logaddexp(log_sum, full.logsumexp(dim=0), out=log_sum)
+            better = value > best  # strictly: of equal logits the earlier chunk keeps the pixel
+            best = torch.where(better, value, best)
+            label = torch.where(better, index + start, label)
+            del full, maps
+    return label, (best - log_sum).exp_() if sums_logits else best
 
 
 def _views(predict: Predict, image: Tensor, classes: Tensor, inference: Inference) -> list[_View]:
-    """The prediction of every window."""
+    """The predictions of every window of every view."""
     if image.dim() != 3 or image.dtype != torch.uint8:
         raise ValueError(
             f"image must be uint8 [3, height, width], got {image.dtype} {tuple(image.shape)}"
         )
     if classes.numel() == 0:
         raise ValueError("no classes to choose from: `classes` is empty")
-    views: list[_View] = []
-    for part in image_windows((image.shape[-2], image.shape[-1]), inference):
-        crop = image[None, :, part.top : part.bottom, part.left : part.right]
-        prediction = predict(crop, classes)
-        if views and isinstance(prediction, LinearLogits):  # all windows share one set of vectors
-            first = views[0].prediction
-            assert isinstance(first, LinearLogits)
+    shared: dict[bool, LinearLogits] = {}  # the class vectors, by whether they are swapped
+
+    def predicted(crop: Tensor, is_mirrored: bool) -> Prediction:
+        is_swapped = is_mirrored and len(inference.swap) > 0
+        asked = swap_ids(classes, inference.swap) if is_swapped else classes
+        prediction = predict(crop[None], asked)
+        if isinstance(prediction, LinearLogits):
+            first = shared.setdefault(is_swapped, prediction)
             prediction = replace(prediction, weight=first.weight, bias=first.bias)
-        views.append(_View(part, prediction))
+        return prediction
+
+    views: list[_View] = []
+    for scale in inference.scales:
+        size = scaled_size(image.shape[-2], image.shape[-1], scale)
+        scaled = resize_image(image, size)
+        parts = image_windows(size, inference)
+        coverage = _coverage(parts, size, image.device)
+        for is_mirrored in (False, True) if inference.flip else (False,):
+            shown = scaled.flip(-1) if is_mirrored else scaled
+            predictions = [
+                predicted(shown[:, part.top : part.bottom, part.left : part.right], is_mirrored)
+                for part in parts
+            ]
+            views.append(_View(size, is_mirrored, parts, predictions, coverage))
     return views
 
 
-def _full_resolution(
-    maps: list[Tensor],
+def _chunks(
+    views: list[_View], out_size: tuple[int, int], memory_bytes: int, halved: bool
+) -> Iterator[tuple[int, list[list[Tensor]]]]:
+    """The first class of each chunk, and its low-resolution logits [k, h, w] by view and window.
+
+    halved: use half of the memory; a sum of exponentials takes as much again.
+    """
+    num_classes = views[0].predictions[0].num_classes
+    for block in range(0, num_classes, MATMUL_CLASSES):
+        block_stop = min(block + MATMUL_CLASSES, num_classes)
+        low = [[part.chunk(block, block_stop)[0] for part in view.predictions] for view in views]
+        chunk = _chunk_size(views, low, out_size, memory_bytes)
+        if halved:
+            chunk = max(1, chunk // 2)
+        for start in range(block, block_stop, chunk):
+            stop = min(start + chunk, block_stop)
+            yield start, [[maps[start - block : stop - block] for maps in view] for view in low]
+        del low  # else two blocks would be held at once
+
+
+def _mean_over_views(
+    maps: list[list[Tensor]],
     views: list[_View],
-    coverage: Tensor | None,
-    size: tuple[int, int],
     out_size: tuple[int, int],
+    normalisers: list[Tensor] | None,
 ) -> Tensor:
-    """Low-resolution logits [k, h, w] of each window -> [k, H, W]."""
-    if coverage is None:
-        total = upsample_positions(maps[0], size)
+    """[k, H, W]: the mean logits, or with `normalisers` (one [H, W] per view) probabilities."""
+
+    def of_view(number: int) -> Tensor:
+        full = _full_resolution(maps[number], views[number], out_size)
+        return full if normalisers is None else full.sub_(normalisers[number]).exp_()
+
+    total = of_view(0)
+    for number in range(1, len(views)):
+        total += of_view(number)
+    return total if len(views) == 1 else total.div_(len(views))
+
+
+def _full_resolution(maps: list[Tensor], view: _View, out_size: tuple[int, int]) -> Tensor:
+    """Low-resolution logits [k, h, w] of each window of a view -> [k, H, W], not mirrored."""
+    if view.coverage is None:
+        total = upsample_positions(maps[0], view.size)
     else:
-        total = maps[0].new_zeros(maps[0].shape[0], *size)
-        for logits, view in zip(maps, views, strict=True):
-            part = view.window
+        total = maps[0].new_zeros(maps[0].shape[0], *view.size)
+        for logits, part in zip(maps, view.windows, strict=True):
             up = upsample_positions(logits, part.size)
             total[:, part.top : part.bottom, part.left : part.right] += up
-        total /= coverage
-    if out_size == size:
-        return total
-    return F.interpolate(total[None], size=out_size, mode="bilinear", align_corners=False)[0]
+        del up
+        total /= view.coverage
+    if out_size != view.size:
+        total = F.interpolate(total[None], size=out_size, mode="bilinear", align_corners=False)[0]
+    return total.flip(-1) if view.is_mirrored else total
 
 
-def _coverage(views: list[_View], size: tuple[int, int], like: Tensor) -> Tensor | None:
+def _coverage(parts: list[Window], size: tuple[int, int], device: torch.device) -> Tensor | None:
     """How many windows see each pixel [Y, X]; None if a single one does."""
-    if len(views) == 1:
+    if len(parts) == 1:
         return None
-    count = like.new_zeros(size)
-    for part, _ in views:
+    count = torch.zeros(size, device=device)
+    for part in parts:
         count[part.top : part.bottom, part.left : part.right] += 1
     return count
 
 
 def _chunk_size(
     views: list[_View],
-    low: list[Tensor],
-    size: tuple[int, int],
+    low: list[list[Tensor]],
     out_size: tuple[int, int],
     memory_bytes: int,
 ) -> int:
     """Classes at a time: bytes left beside the low-resolution block, over one class's maps."""
-    pixels = [math.prod(view.window.size) for view in views]
-    per_class = max(pixels) + (math.prod(size) if len(views) > 1 else 0)
-    if out_size != size:
-        per_class += math.prod(out_size)
-    block = MATMUL_CLASSES * sum(maps[0].numel() for maps in low)
+    per_class = 0
+    for view in views:
+        pixels = max(math.prod(part.size) for part in view.windows)
+        pixels += math.prod(view.size) if len(view.windows) > 1 else 0
+        pixels += math.prod(out_size) if out_size != view.size else 0
+        per_class = max(per_class, pixels)
+    if len(views) > 1:
+        per_class += 2 * math.prod(out_size)  # the sum over the views; a mirrored copy
+    block = MATMUL_CLASSES * sum(maps[0].numel() for view in low for maps in view)
     comparison = 6 * math.prod(out_size)  # a chunk's maximum, its int64 index, their merged copies
     left = memory_bytes // 4 - block - comparison
     return max(1, min(MATMUL_CLASSES, left // per_class))

@@ -22,9 +22,9 @@ EVALUATION = "val/"
 
 
 Draw = Callable[..., Iterable[tuple[str, np.ndarray]]]
-"""draw(method, dataset, classes, settings, device, charts, class_vectors) -> the pictures beside an
-evaluation's figures, uint8 [H, W, 3] by name. Called on rank 0, no collective. charts and
-class_vectors: what the method's hooks of these names returned.
+"""draw(method, dataset, classes, num_panels, device, inference, charts, class_vectors) -> the
+pictures beside an evaluation's figures, uint8 [H, W, 3] by name. Called on rank 0, no collective.
+charts and class_vectors: what the method's hooks of these names returned.
 """
 
 
@@ -52,6 +52,7 @@ class Validator:
             exclude=settings.exclude,
             training_images=image_counts(config.sources, label_space, config.cache_directory),
         )
+        self.inference = Inference.of(settings, label_space.vocabulary)
         self.dataset = EvalDataset(
             settings.path,
             label_space,
@@ -69,13 +70,20 @@ class Validator:
             self.dataset,
             self.classes,
             device=self.device,
-            inference=Inference(settings.mode, window=settings.window, stride=settings.stride),
+            inference=self.inference,
             max_images=settings.max_images,
             num_processes=self.config.loader.processes,
         )
         if dist.rank() == 0 and self.draw is not None:
             pictures = self.draw(
-                method, self.dataset, self.classes, settings, self.device, charts, class_vectors
+                method,
+                self.dataset,
+                self.classes,
+                settings.num_panels,
+                self.device,
+                self.inference,
+                charts,
+                class_vectors,
             )
             for name, image in pictures:
                 tracker.log_image(name, image, step)

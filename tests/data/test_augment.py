@@ -1,6 +1,7 @@
 """The paired augmentation: pairing, sizes, padding, and that it is a pure function of its seed."""
 
 import colorsys
+import math
 import random
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from memseg_dist.data.augment import (
     fitted_size,
     nearest_indices,
     resized_size,
+    scaled_size,
+    swap_ids,
 )
 
 PLAIN = AugmentConfig(resize=(96, 64), crop=48, flip=0.5, photometric=False)
@@ -141,7 +144,16 @@ def test_hue_and_saturation_against_colorsys(gain, turn):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"crop": 0}, {"scale_range": (2.0, 0.5)}, {"flip": 1.5}, {"category_max_ratio": 0.0}],
+    [
+        {"crop": 0},
+        {"scale_range": (2.0, 0.5)},
+        {"flip": 1.5},
+        {"category_max_ratio": 0.0},
+        {"rotate": -1.0},
+        {"rotate": 181.0},
+        {"rotate": float("nan")},
+        {"rotate": 10.0, "rotate_chance": 1.5},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match="augmentation: "):
@@ -190,13 +202,16 @@ def test_a_crop_is_where_its_place_says(keep_ratio):
 
 
 def test_without_the_ratio_every_image_fills_the_crop():
-    config = AugmentConfig((2048, 512), (1.0, 1.0), 48, keep_ratio=False)
+    config = AugmentConfig((48, 48), (1.0, 1.0), 48, keep_ratio=False)
     for height, width in ((30, 90), (90, 30), (7, 500)):
         made = augment(torch.zeros(3, height, width, dtype=torch.uint8), None, config, 3)
         assert made.valid.all()
         flipped = made.crop_box.flipped
         assert made.crop_box == (0.0, 0.0, 1.0, 1.0, flipped, 48, 48)
-    assert resized_size(30, 90, replace(config, crop=321), 1.25) == (401, 401)
+    assert resized_size(30, 90, replace(config, resize=(321, 321)), 1.25) == (401, 401)
+    assert resized_size(30, 90, replace(config, resize=(90, 60)), 0.5) == (30, 45)
+    assert resized_size(90, 30, replace(config, resize=(60, 90)), 0.5) == (45, 30)
+    assert scaled_size(1, 90, 0.1) == (1, 9)
     assert resized_size(30, 90, replace(config, keep_ratio=True, resize=(60, 60)), 1) == (20, 60)
 
 
@@ -208,3 +223,105 @@ def test_saliency_does_not_change_the_crop():
         without = augment(image, mask, config, seed)
         assert torch.equal(with_it.image, without.image) and with_it.crop_box == without.crop_box
         assert without.saliency is None
+
+
+def test_stretched_then_scaled_then_cropped():
+    """LIP's: every picture to 520 x 520, times 0.75 .. 1.25, a crop of 473 (here a tenth)."""
+    config = AugmentConfig((52, 52), (0.75, 1.25), 47, keep_ratio=False, photometric=False)
+    boxes = [augment(ramp(), None, config, seed).crop_box for seed in range(200)]
+    sides = [min(box.rows / box.height, box.columns / box.width) for box in boxes]
+    assert all(box.rows / box.height == pytest.approx(box.columns / box.width) for box in boxes)
+    assert 39 <= round(min(sides)) <= 41 and 63 <= round(max(sides)) <= 65
+    assert {box.rows for box in boxes} >= {40, 47} and max(box.rows for box in boxes) == 47
+
+
+def test_without_rotation_the_stream_is_what_it_was():
+    """Figures of the version before there was a rotation."""
+    config = AugmentConfig((96, 64), crop=48)
+    grey = torch.full((3, 60, 80), 100, dtype=torch.uint8)
+    made = [augment(grey, None, config, seed) for seed in range(4)]
+    assert [
+        (crop.crop_box.flipped, crop.crop_box.rows, crop.crop_box.columns) for crop in made
+    ] == [(True, 48, 48), (True, 45, 48), (True, 48, 48), (False, 48, 48)]
+    assert [int(crop.image[0, 0, 0]) for crop in made] == [100, 97, 100, 133]
+
+
+TURNING = AugmentConfig((100, 70), (0.5, 2.0), 60, photometric=False, rotate=30, rotate_chance=1.0)
+
+
+def turned(seed, config=TURNING, height=90, width=120):
+    """A crop of the ramp; its mask holds the number of the stored pixel."""
+    mask = torch.arange(height * width).reshape(height, width).int()
+    return augment(ramp(height, width), mask, config, seed, saliency=ramp(height, width)[0])
+
+
+@pytest.mark.parametrize("keep_ratio", [True, False])
+def test_a_turned_crop_is_turned_about_its_centre(keep_ratio):
+    """From where its pixels lie in the stored image: angle, scale, centre and mirror of the map."""
+    config = replace(TURNING, keep_ratio=keep_ratio)
+    angles, mirrored = [], set()
+    for seed in range(80):
+        made = turned(seed, config)
+        box = made.crop_box
+        size = np.array([box.rows / box.height, box.columns / box.width])  # of the resized image
+        y, x = (part.double().numpy() for part in torch.where(made.valid))
+        stored = made.mask[made.valid].numpy()
+        points = np.stack([(stored // 120 + 0.5) / 90, (stored % 120 + 0.5) / 120], 1) * size
+        offsets = np.stack([y + 0.5 - box.rows / 2, x + 0.5 - box.columns / 2, np.ones(len(y))], 1)
+        (to_y, to_x, centre), *_ = np.linalg.lstsq(offsets, points, rcond=None)
+        matrix = np.stack([to_y, to_x], 1)
+        assert np.abs(matrix @ matrix.T - np.eye(2)).max() < 0.05  # no shear, no other scale
+        assert (np.linalg.det(matrix) < 0) == box.flipped
+        middle = [box.top + box.height / 2, box.left + box.width / 2] * size
+        assert np.abs(centre - middle).max() < 1
+        angles.append(math.degrees(math.atan2(matrix[1, 0], matrix[0, 0])))
+        if box.flipped:
+            angles[-1] = math.degrees(math.atan2(-matrix[1, 0], matrix[0, 0]))
+        mirrored.add(box.flipped)
+    assert mirrored == {True, False}
+    assert -32 < min(angles) < -20 and 20 < max(angles) < 32
+    assert abs(np.mean(angles)) < 8 and np.std(angles) > 10
+
+
+def test_a_turned_crop_stays_with_its_mask_and_pads_what_is_outside():
+    num_beyond = 0
+    for seed in range(40):
+        made = turned(seed)
+        valid, box = made.valid, made.crop_box
+        assert made.image.dtype == torch.uint8 and made.mask.dtype == torch.int32
+        assert (made.image[:, ~valid] == 0).all() and (made.mask[~valid] == -1).all()
+        assert (made.saliency[~valid] == -1).all() and (made.mask[valid] >= 0).all()
+        assert 0 < valid.sum() < valid.numel() or box.rows == box.columns == 60
+        stored = made.mask[valid].long()
+        shown = made.image[:2, valid].float() / 200
+        wanted = torch.stack([(stored // 120 + 0.5) / 90, (stored % 120 + 0.5) / 120])
+        assert (shown - wanted).abs().max() < 2 / 90  # nearest, bilinear and the border
+        grey = ramp()[0].flatten()[stored].float() / 255
+        assert torch.equal(made.saliency[valid], grey)
+        if box.rows == box.columns == 60:
+            y, x = (stored // 120 + 0.5) / 90, (stored % 120 + 0.5) / 120
+            num_beyond += int(((y < box.top) | (x < box.left)).sum())
+    assert num_beyond > 100  # a turned crop sees the image beyond the sides of the straight one
+
+
+def test_colours_do_not_reach_the_padding_of_a_turned_crop():
+    config = replace(TURNING, photometric=True, crop=120)
+    for seed in range(10):
+        made = turned(seed, config)
+        assert (made.image[:, ~made.valid] == 0).all() and not made.valid.all()
+
+
+def test_rotation_has_the_chance_that_is_asked_for():
+    config = replace(TURNING, rotate_chance=0.3, resize=(60, 60), scale_range=(1.0, 1.0))
+    straight = sum(bool(turned(seed, config, 90, 90).valid.all()) for seed in range(300))
+    assert 180 < straight < 240
+    never = replace(config, rotate_chance=0.0)
+    assert all(turned(seed, never, 90, 90).valid.all() for seed in range(20))
+
+
+def test_swapped_ids():
+    ids = torch.tensor([[0, 1, 2], [3, -1, 1]])
+    assert swap_ids(ids, ((1, 3),)).tolist() == [[0, 3, 2], [1, -1, 3]]
+    assert swap_ids(ids, ((1, 3), (2, 0))).tolist() == [[2, 3, 0], [1, -1, 3]]
+    assert swap_ids(ids.int(), ((1, 3),)).dtype == torch.int32
+    assert torch.equal(swap_ids(ids, ()), ids)

@@ -199,6 +199,53 @@ def test_excluded_classes_become_unknown(masks_root):
         one_batch(replace(source, exclude=("n9",)))
 
 
+def test_classes_change_places_in_flipped_crops(masks_root):
+    """With masks, labels of the index and labels of the crop; what is not flipped stays."""
+    plain = whole("masks", masks_root, "masks")
+    plain = replace(plain, augment=replace(plain.augment, flip=0.5))
+    pairs = (("n1", "n4"), ("n0", "n2"))
+    turn = torch.tensor([2, 4, 0, 3, 1, 5, IGNORE])  # the last is IGNORE itself
+    for source in (
+        plain,
+        replace(plain, supervision="labels"),
+        replace(plain, supervision="labels", labels_from="crop", hide_mask=True),
+    ):
+        before, after = one_batch(source), one_batch(replace(source, swap_on_flip=pairs))
+        assert torch.equal(before.images, after.images) and before.keys == after.keys
+        flips = [box.flipped for box in after.crop_boxes]
+        assert {*flips} == {True, False}
+        for number, is_flipped in enumerate(flips):
+            labels = before.labels[number]
+            swapped = tuple(sorted(turn[list(labels)].tolist()))
+            assert after.labels[number] == (swapped if is_flipped else labels)
+            if before.masks is not None:
+                mask = before.masks[number]
+                assert torch.equal(after.masks[number], turn[mask] if is_flipped else mask)
+        assert before.labels != after.labels
+
+
+def test_pairs_to_swap_are_checked(masks_root):
+    source = whole("masks", masks_root, "masks", swap_on_flip=(("n1", "n9"),))
+    message = r"source 'masks', swap_on_flip: .*no class has uid 'n9'"
+    with pytest.raises(ValueError, match=message):
+        TrainLoader([source], SPACE, seed=0)
+    source = replace(source, swap_on_flip=(("n1", "n2"),), exclude=("n2",))
+    message = r"'masks', swap_on_flip: 'n2' is no class of its vocabulary, or is excluded"
+    with pytest.raises(ValueError, match=message):
+        TrainLoader([source], SPACE, seed=0)
+    with pytest.raises(ValueError, match=r"'masks': swap_on_flip is .* must be pairs of two diff"):
+        replace(source, swap_on_flip=(("n1", "n2"), ("n2", "n3")))
+
+
+def test_turned_crops_have_no_boxes(masks_root):
+    source = whole("masks", masks_root, "masks")
+    assert len(one_batch(source).crop_boxes) == 17
+    turning = replace(source, augment=replace(source.augment, rotate=20.0))
+    batch = one_batch(turning)
+    assert batch.crop_boxes == ()
+    assert (batch.masks[~batch.valid] == IGNORE).all()
+
+
 def test_labels_of_the_image_and_of_the_crop(masks_root):
     index = Index.open(masks_root)
     image_labels = {index.key(i): index.labels(i) for i in range(len(index))}
@@ -347,7 +394,7 @@ def test_an_empty_source_is_refused(tmp_path):
 
 
 def test_a_source_is_json():
-    source = Source("a", "b", "labels", exclude=("x",))
+    source = Source("a", "b", "labels", exclude=("x",), swap_on_flip=(("y", "z"),))
     value = json.loads(json.dumps(dataclasses.asdict(source)))
     augment = AugmentConfig(**value.pop("augment"))
     assert Source(**value, augment=augment) == source

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
-from reference.sliding import dense_logits, segment_dense
+from reference.sliding import dense_logits, dense_scores, segment_dense
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from memseg_dist.config import ValidationConfig
+from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.evaluation import sliding
 from memseg_dist.evaluation.sliding import Inference, Window, segment, segment_confident, windows
 from memseg_dist.methods.method import DenseLogits, LinearLogits
@@ -193,3 +199,213 @@ def test_confidence_is_the_softmax_of_the_dense_logits(memory_bytes, kind):
     torch.testing.assert_close(confidence, expected.amax(dim=0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(expected.gather(0, label[None])[0], confidence, rtol=1e-4, atol=0)
     assert torch.equal(label, segment(predict, image, classes, options, (30, 50)))
+
+
+VIEWS = [
+    {"scales": (0.5, 1.0, 1.75)},
+    {"flip": True},
+    {"scales": (1.5,), "flip": True},
+    {"scales": (0.75, 1.25), "flip": True, "swap": ((0, 4), (3, 1))},
+]
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize(
+    ("size", "mode", "out_size", "num_classes", "memory_bytes"),
+    [
+        ((32, 48), "whole", None, 5, 10**6),
+        ((29, 43), "slide", (51, 70), 5, 1),  # odd: padded features are cropped
+        ((13, 18), "whole", (20, 11), 270, 10**6),
+    ],
+)
+def test_views_are_enlarged_and_averaged(
+    size, mode, out_size, num_classes, views, average, memory_bytes
+):
+    predict = integer_predict(integer_weight(num_classes) / 16, torch.arange(num_classes) % 3 / 4)
+    classes = torch.arange(num_classes)
+    options = Inference(
+        mode, window=16, stride=9, average=average, memory_bytes=memory_bytes, **views
+    )
+    image = picture(*size)
+    label = segment(predict, image, classes, options, out_size)
+    scores = dense_scores(predict, image, classes, options, out_size)
+    chosen = scores.gather(0, label[None])[0]
+    assert label.shape == (out_size or size)
+    torch.testing.assert_close(chosen, scores.amax(dim=0), rtol=1e-5, atol=1e-6)
+    again, confidence = segment_confident(predict, image, classes, options, out_size)
+    assert torch.equal(again, label)
+    shares = scores if average == "probabilities" else scores.softmax(dim=0)
+    torch.testing.assert_close(confidence, shares.gather(0, label[None])[0], rtol=1e-4, atol=1e-6)
+
+
+def by_column(images: Tensor, classes: Tensor) -> DenseLogits:
+    """Class 7 is found at the right, 3 at the left, 5 nowhere; each more than half a pixel off."""
+    columns = torch.arange(images.shape[-1]) - (images.shape[-1] - 1) / 2
+    columns = columns.expand(1, 1, *images.shape[-2:])
+    weight = torch.tensor([0.0, 0.0, 0.0, -1.0, 0.0, -1000.0, 0.0, 1.0])
+    return DenseLogits(columns.abs() * 0 + columns * weight[classes].view(1, -1, 1, 1))
+
+
+def test_a_mirrored_view_is_turned_back():
+    """Left is not mirrored alone: the mean over both views is symmetric, and by its own columns."""
+    image, classes = picture(6, 10), torch.tensor([7, 3])
+    plain = segment(by_column, image, classes)
+    assert (plain[:, :5] == 1).all() and (plain[:, 5:] == 0).all()
+
+    def brightest(images: Tensor, asked: Tensor) -> DenseLogits:
+        bright = images[:, :1].float()
+        return DenseLogits(torch.cat([bright, 100 - bright], dim=1))
+
+    image[0] = torch.arange(60).view(6, 10) * 4
+    for flip in (False, True):  # what depends on the pixel alone does not see the mirror
+        label = segment(brightest, image, classes, Inference(flip=flip))
+        assert torch.equal(label, (image[0] < 50).long())
+    probabilities, logits = (
+        segment_confident(by_column, image, classes, Inference(flip=True, average=average))[1]
+        for average in ("probabilities", "logits")
+    )
+    for confidence in (probabilities, logits):  # without a swap the two views cancel
+        torch.testing.assert_close(confidence, torch.full((6, 10), 0.5))
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_left_and_right_change_places_in_the_mirror(average):
+    image, classes = picture(6, 10), torch.tensor([7, 3])
+    options = Inference(flip=True, swap=((3, 7),), average=average)
+    label, confidence = segment_confident(by_column, image, classes, options)
+    expected, alone = segment_confident(by_column, image, classes)
+    assert torch.equal(label, expected)
+    torch.testing.assert_close(confidence, alone)
+
+
+def test_a_mirror_is_asked_for_the_other_class_even_if_that_does_not_compete():
+    asked = []
+
+    def watched(images: Tensor, classes: Tensor) -> DenseLogits:
+        asked.append(classes.tolist())
+        return by_column(images, classes)
+
+    options = Inference("whole", flip=True, swap=((7, 3),), scales=(1.0, 2.0))
+    label = segment(watched, picture(6, 10), torch.tensor([7, 5]), options)
+    assert asked == [[7, 5], [3, 5]] * 2
+    plain = segment(by_column, picture(6, 10), torch.tensor([7, 5]))
+    assert torch.equal(label, plain) and plain.unique().tolist() == [0, 1]
+
+
+def test_windows_are_cut_from_each_size():
+    shapes = []
+
+    def watched(images: Tensor, classes: Tensor) -> LinearLogits:
+        shapes.append(tuple(images.shape[-2:]))
+        return integer_predict(integer_weight(3))(images, classes)
+
+    options = Inference(window=16, stride=16, scales=(0.5, 1.0, 2.0))
+    segment(watched, picture(16, 24), torch.arange(3), options)
+    assert shapes == [(8, 12), *[(16, 16)] * 2, *[(16, 16)] * 6]
+    shapes.clear()
+    segment(watched, picture(3, 15), torch.arange(3), Inference("whole", scales=(0.1, 1.5)))
+    assert shapes == [(1, 2), (5, 23)]
+
+
+def test_views_share_the_class_vectors():
+    weight, kept = integer_weight(4), set()
+    inner = sliding._views
+
+    def watched(*arguments):
+        views = inner(*arguments)
+        kept.update(part.weight.data_ptr() for view in views for part in view.predictions)
+        return views
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sliding, "_views", watched)
+        options = {"flip": True, "scales": (1.0, 1.5), "window": 16, "stride": 16}
+        segment(integer_predict(weight), picture(24, 24), torch.arange(4), Inference(**options))
+        assert len(kept) == 1
+        kept.clear()
+        swapping = Inference(**options, swap=((0, 1),))
+        segment(integer_predict(weight), picture(24, 24), torch.arange(4), swapping)
+        assert len(kept) == 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, made since this mode began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self.tensors = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.tensors += [
+            weakref.ref(leaf) for leaf in tree_leaves(made) if isinstance(leaf, Tensor)
+        ]
+        self.tensors = [tensor for tensor in self.tensors if tensor() is not None]
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for storage in (tensor().untyped_storage() for tensor in self.tensors)
+        }
+        self.peak = max(self.peak, sum(storages.values()))
+        return made
+
+
+@pytest.mark.parametrize(
+    ("average", "mode", "scales", "out_size"),
+    [
+        ("probabilities", "whole", (0.5, 1.0, 1.5), (64, 48)),
+        ("logits", "slide", (0.5, 1.0, 1.5), (48, 32)),
+        ("logits", "whole", (1.0,), (48, 32)),
+    ],
+)
+def test_views_keep_to_the_memory(average, mode, scales, out_size):
+    weight, bound = integer_weight(300), 3 * 2**20
+    options = Inference(
+        mode, window=32, stride=16, scales=scales, flip=True, average=average,
+        memory_bytes=bound,
+    )  # fmt: skip
+    with torch.no_grad(), LiveBytes() as live:
+        segment(integer_predict(weight), picture(48, 32), torch.arange(300), options, out_size)
+    num_views, (height, width) = 2 * len(scales), out_size
+    maps = (4 + 8 + 4 + 4 * num_views) * height * width  # best, label, sums
+    windows = [
+        part
+        for scale in options.scales
+        for part in sliding.image_windows((int(48 * scale), int(32 * scale)), options)
+    ]
+    features = 2 * sum(4 * DIM * part.size[0] * part.size[1] // STRIDE**2 for part in windows)
+    others = 4 * sum(int(48 * scale) * int(32 * scale) * 2 for scale in options.scales)
+    vectors = 2 * weight.numel() * 4
+    assert bound / 4 < live.peak < bound + maps + features + others + vectors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": ()}, r"scales is \(\); it must be one or more finite"),
+        ({"scales": (1.0, 0.0)}, r"scales is \(1.0, 0.0\)"),
+        ({"scales": (-1.0,)}, "scales is"),
+        ({"scales": (float("inf"),)}, "scales is"),
+        ({"scales": (float("nan"),)}, "scales is"),
+        ({"swap": ((1, 1),)}, r"swap is \(\(1, 1\),\); it must be pairs of two different"),
+        ({"swap": ((1, 2), (2, 3))}, "swap is"),
+        ({"average": "sum"}, "average is 'sum'"),
+    ],
+)
+def test_views_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Inference(**options)
+
+
+def test_settings_become_an_inference():
+    vocabulary = Vocabulary(tuple(Category(uid, uid) for uid in ("dog", "left", "right")))
+    settings = ValidationConfig(
+        "val", mode="whole", resize=(50, 40), window=30, stride=20, scales=(0.5, 2.0), flip=True,
+        swap=(("right", "left"),), average="probabilities",
+    )  # fmt: skip
+    assert Inference.of(settings, vocabulary) == Inference(
+        "whole", (50, 40), 30, 20, (0.5, 2.0), True, ((2, 1),), "probabilities"
+    )
+    assert Inference.of(ValidationConfig("val"), vocabulary) == Inference()
+    settings = ValidationConfig("val", swap=(("left", "righ"),))
+    with pytest.raises(ValueError, match=r"validation.swap: .*no class has uid 'righ'.*'right'"):
+        Inference.of(settings, vocabulary)

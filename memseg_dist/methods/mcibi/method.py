@@ -158,6 +158,13 @@ class MCIBI(Method):
             shown["cosine with M"] = F.cosine_similarity(outputs.pixels, codes).clamp(0, 1)
         return shown
 
+    def class_vectors(self) -> tuple[Tensor, Tensor] | None:
+        """M of the classes that have a vector."""
+        if self.config.memory != "features":
+            return None
+        (class_ids,) = self.net.is_set.cpu().nonzero(as_tuple=True)
+        return class_ids, self.net.codes.cpu()[class_ids]
+
     # ---------------------------------------------------------------- figures
 
     def summary(self, clock: Clock) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memseg_dist.data.augment import resize_image
+from memseg_dist.data.augment import resize_image, scaled_size
 from memseg_dist.memory.layouts import NO_ROW, Regions, image_id
 from memseg_dist.memory.state import Reader
 from memseg_dist.methods.method import Method, evaluation_mode
@@ -91,7 +91,7 @@ def predicted_maps(
     ids = torch.tensor(list(classes), device=device)
     with evaluation_mode(method):
         for scale in scales:
-            size = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+            size = scaled_size(height, width, scale)
             small = resize_image(image, size).to(device)
             views = torch.stack([small, small.flip(-1)] if flip else [small])
             maps = _by_maximum(method.predict(views, ids).dense().float().relu())

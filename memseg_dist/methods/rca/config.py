@@ -139,6 +139,13 @@ class RCAConfig(MethodConfig):
                     f"source {source.name!r} has supervision {source.supervision!r}; RCA learns "
                     "from image labels alone: use 'labels'"
                 )
+            if source.swap_on_flip or (source.augment.rotate and self.map_size):
+                raise ValueError(
+                    f"source {source.name!r} has augment.rotate {source.augment.rotate} and "
+                    f"swap_on_flip {source.swap_on_flip}; RCA's memories hold (class, image) pairs "
+                    "of the index and its maps lie on the straight image: use neither (rotate is "
+                    "fine with method.map_size 0)"
+                )
             if self.saliency_weight > 0 and source.saliency is None:
                 raise ValueError(
                     f"source {source.name!r} has no saliency maps, which method.saliency_weight "

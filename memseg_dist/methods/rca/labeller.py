@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memseg_dist.checks import check_scales
 from memseg_dist.data.files import absolute, is_url
 from memseg_dist.data.saliency import check_has_saliency, read_saliency
 from memseg_dist.methods.labeller import (
@@ -50,8 +51,7 @@ class ActivationLabeller(LabellerConfig):
             object.__setattr__(self, "saliency", absolute(self.saliency))
         if self.maps not in ("accumulated", "predicted"):
             raise ValueError(f"labeller.maps is {self.maps!r}; use 'accumulated' or 'predicted'")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"labeller.scales is {self.scales}; give one or more above 0")
+        check_scales(self.scales, "labeller.scales")
         if not self.background:
             raise ValueError("labeller.background is ''; give the uid of the background class")
 

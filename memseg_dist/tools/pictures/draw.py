@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.config import ValidationConfig
 from memseg_dist.evaluation.evaluate import EvaluationImages, to_evaluated
 from memseg_dist.evaluation.metrics import EvaluatedClass
 from memseg_dist.evaluation.sliding import SLIDE, Inference, segment
@@ -43,14 +42,14 @@ def draw_validation(
     method: Method,
     dataset: EvaluationImages,
     classes: Sequence[EvaluatedClass],
-    settings: ValidationConfig,
+    num_panels: int,
     device: torch.device,
+    inference: Inference,
     charts: Mapping[str, Tensor],
     class_vectors: tuple[Tensor, Tensor] | None,
 ) -> Iterator[tuple[str, Pixels]]:
     """The pictures of one evaluation by name: a run's `train.validate.Draw`."""
-    inference = Inference(settings.mode, window=settings.window, stride=settings.stride)
-    panels = draw_panels(method, dataset, classes, settings.num_panels, device, inference)
+    panels = draw_panels(method, dataset, classes, num_panels, device, inference)
     for number, drawn in enumerate(panels):
         yield f"panels/{number:02d}", drawn.image
     names = {item.class_id: item.name for item in classes}
@@ -58,7 +57,7 @@ def draw_validation(
         bar_names = names if name.endswith(PER_CLASS) else None
         yield f"charts/{name}", draw_chart(name, values.numpy(), bar_names)
     if class_vectors is not None:
-        with_images = settings.num_panels > 0
+        with_images = num_panels > 0
         yield from draw_class_vectors(
             method, dataset, classes, device, class_vectors, with_images=with_images
         )

@@ -45,7 +45,7 @@ class CheckpointModel:
 
     def segment(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         usual = self.checkpoint.config.validation or ValidationConfig(path="")
-        inference = Inference(usual.mode, usual.resize, usual.window, usual.stride)
+        inference = Inference.of(usual, self.label_space.vocabulary)
         size, ids = (image.shape[-2], image.shape[-1]), classes.to(self.device)
         small = resize_image(image, fitted_size(*size, inference.resize)).to(self.device)
         with evaluation_mode(self.method):

@@ -25,7 +25,7 @@ from memseg_dist.train.load_model import load_model
 from memseg_dist.train.platform import Tracker
 
 AUGMENT = AugmentConfig(
-    crop=SIZE, scale_range=(1.0, 1.5), keep_ratio=False, photometric=False, category_max_ratio=1.0
+    (SIZE, SIZE), (1.0, 1.5), SIZE, keep_ratio=False, photometric=False, category_max_ratio=1.0
 )
 METHOD = RCAConfig(contrast_weight=0.2, gate=0.45, num_prototypes=2, map_size=8)
 NUM_STEPS = 8
@@ -179,6 +179,15 @@ def test_what_would_fail_late_fails_before_the_first_step(data, tmp_path):
     method = dataclasses.replace(METHOD, saliency_weight=1.0)
     with pytest.raises(ValueError, match=r"'weak' has no saliency maps, which method.saliency_w"):
         run(to_json(rca_config(data, tmp_path, method=method)))
+    for changes in (
+        {"augment": dataclasses.replace(AUGMENT, rotate=10.0)},
+        {"swap_on_flip": (("n0", "n1"),)},
+    ):
+        source = Source(
+            "weak", str(data / "weak"), "labels", 5, 2, **{"augment": AUGMENT} | changes
+        )
+        with pytest.raises(ValueError, match=r"'weak' has augment.rotate .* use neither"):
+            run(to_json(rca_config(data, tmp_path, sources=(source,))))
     twice = tuple(
         Source(name, str(data / "weak"), "labels", 2, 2, AUGMENT) for name in ("one", "two")
     )
