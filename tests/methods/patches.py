@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from memseg_dist.nn.backbone import FeatureStage
+
 
 class Patches(nn.Module):
     """uint8 images -> one map [B, dim, H / stride, W / stride]."""
@@ -12,6 +14,7 @@ class Patches(nn.Module):
     def __init__(self, dim: int, stride: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dim, self.stride = dim, stride
+        self.stages = (FeatureStage(dim, stride),)
         self.conv = nn.Conv2d(3, dim, stride, stride, dtype=dtype)
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:

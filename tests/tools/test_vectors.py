@@ -10,9 +10,9 @@ import torch
 from evaluation.stand_in import FIRST_ID, ColorMethod, Images, evaluated
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.config import ValidationConfig
 from memseg_dist.evaluation.evaluate import to_evaluated
 from memseg_dist.evaluation.metrics import EvaluatedClass
+from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.methods.method import evaluation_mode
 from memseg_dist.tools.pictures.draw import draw_validation
 from memseg_dist.tools.pictures.panels import class_colors
@@ -216,10 +216,10 @@ def test_truth_is_read_at_the_middle_of_a_position_and_not_in_the_padding():
 
 
 def drawn(class_vectors, num_panels: int, classes=None) -> dict[str, np.ndarray]:
-    settings = ValidationConfig("val", window=16, stride=16, num_panels=num_panels)
+    inference = Inference(window=16, stride=16)
     pictures = draw_validation(
-        ColorMethod(), Images(), classes or evaluated(), settings, torch.device("cpu"), {},
-        class_vectors,
+        ColorMethod(), Images(), classes or evaluated(), num_panels, torch.device("cpu"),
+        inference, {}, class_vectors,
     )  # fmt: skip
     return dict(pictures)
 
