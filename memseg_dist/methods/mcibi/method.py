@@ -24,7 +24,8 @@ the other behaviour (`config.paper()` and `config.released()` set them all):
  7  H2 normalises M by its running statistics; the code by M's own, and moves them by it
                                                                             `consistency_norm`
  8  W is not detached where the final loss reads it                           `detach_weights`
- 9  an auxiliary head on the stage before the last, for the baselines too          `aux_heads`
+ 9  an auxiliary head on the stage before the last, for the baselines too; it is the same for a
+    ViT, where the code's enlarge 4 times                                            `aux_heads`
 10  pixels without a label count in no mean                                  `seg_denominator`
 11  a class without a vector adds nothing to C'_bi and nothing to Eq. 17
 12  one update for all slots of a step, after its backward pass, of summed statistics: the code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from methods.contract import MethodContract
 
 from memseg_dist.methods.mcibi.config import MCIBIConfig, released
@@ -15,6 +16,10 @@ LOSSES = {"seg", "distribution", "consistency"}
 class TestContract(MethodContract):
     method = SMALL
     losses = {"masks": LOSSES}
+
+    @pytest.mark.parametrize("workers", [2, 3, 4])
+    def test_the_same_run_on_any_number_of_workers(self, whole, tmp_path, process_pool, workers):
+        super().test_the_same_run_on_any_number_of_workers(whole, tmp_path, process_pool, workers)
 
 
 class TestReleasedWithPoolingAndAuxiliaryHead(MethodContract):
