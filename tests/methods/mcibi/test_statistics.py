@@ -120,3 +120,12 @@ def test_it_never_waits_for_the_device(random_pixel):
         )
         with no_host_sync():
             class_sums(features, target, memory, is_set, random_pixel=random_pixel)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sums_on_a_gpu_are_those_on_the_cpu():
+    parts = drawn(6, 7, 24, 28, torch.float32)
+    here, there = class_sums(*parts), class_sums(*(part.cuda() for part in parts))
+    for one, other in zip(here, there):
+        torch.testing.assert_close(other.cpu(), one, rtol=1e-4, atol=1e-4)
