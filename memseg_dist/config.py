@@ -16,6 +16,7 @@ import tyro
 
 from memseg_dist import jsonable
 from memseg_dist.checks import check_numbers, check_pairs, check_scales, require
+from memseg_dist.data.augment import height_and_width
 from memseg_dist.data.files import absolute
 from memseg_dist.data.loader import Source
 from memseg_dist.methods import kinds  # noqa: F401 (fills MethodConfig.kinds)
@@ -41,11 +42,13 @@ class ValidationConfig:
     mode: Literal["whole", "slide"] = "slide"
     """One forward pass per image, or windows whose logits are averaged."""
     resize: tuple[int, int] = (2048, 512)
-    """Longest and shortest side that an image is fitted to, aspect ratio kept."""
-    window: int = 512
-    """Side of a sliding window in pixels."""
-    stride: int = 512
-    """Step between windows in pixels."""
+    """Longest and shortest side that an image is fitted to."""
+    keep_ratio: bool = True
+    """Keep its aspect ratio; else its sides become exactly these."""
+    window: int | tuple[int, int] = 512
+    """Side of a sliding window in pixels, or its height and width."""
+    stride: int | tuple[int, int] = 512
+    """Step between windows in pixels, or the steps down and across."""
     scales: tuple[float, ...] = (1.0,)
     """Sizes of the image to look at, relative to the fitted one; their results are averaged."""
     flip: bool = False
@@ -71,11 +74,16 @@ class ValidationConfig:
         check_numbers(
             self,
             "validation.",
-            positive=("window", "stride", "max_images"),
+            positive=("max_images",),
             not_negative=("num_panels",),
         )
         require(min(self.resize) > 0, "validation.resize", self.resize, "two positive sides")
-        if self.mode == "slide" and self.stride > self.window:
+        for name in ("window", "stride"):
+            size = getattr(self, name)
+            wanted = "one side or (height, width), above 0"
+            require(min(height_and_width(size)) > 0, f"validation.{name}", size, wanted)
+        window, stride = height_and_width(self.window), height_and_width(self.stride)
+        if self.mode == "slide" and (stride[0] > window[0] or stride[1] > window[1]):
             raise ValueError(
                 f"validation.stride {self.stride} is larger than validation.window {self.window}: "
                 "pixels between the windows would have no prediction; use stride <= window"

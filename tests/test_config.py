@@ -19,6 +19,7 @@ from memseg_dist.config import (
     to_json,
     with_absolute_paths,
 )
+from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.jsonable import flatten
 from memseg_dist.methods.classify import ClassifyConfig
 
@@ -131,6 +132,17 @@ def test_zero_stage_3_and_too_many_workers_are_refused_when_built(config):
 def test_a_stride_beyond_the_window_is_refused():
     with pytest.raises(ValueError, match=r"stride 600 is larger than validation.window 512"):
         ValidationConfig("val", mode="slide", stride=600)
+    with pytest.raises(ValueError, match=r"stride \(9, 9\) is larger than .*window \(16, 8\)"):
+        ValidationConfig("val", window=(16, 8), stride=(9, 9))
+    with pytest.raises(ValueError, match=r"validation.window is \(0, 8\); it must be one side or"):
+        ValidationConfig("val", window=(0, 8), stride=1)
+
+
+def test_rectangles_survive_json(config):
+    source = dataclasses.replace(config.sources[0], augment=AugmentConfig(crop=(48, 96)))
+    validation = ValidationConfig("val", window=(48, 96), stride=(48, 64))
+    run = dataclasses.replace(config, sources=(source, *config.sources[1:]), validation=validation)
+    assert from_json(to_json(run)) == run
 
 
 def test_paths_become_absolute_and_urls_stay(config, tmp_path, monkeypatch):

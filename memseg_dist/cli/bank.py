@@ -17,7 +17,6 @@ from memseg_dist.cli.model import (
     chosen_classes,
     open_model,
 )
-from memseg_dist.data.augment import fitted_size, resize_image
 from memseg_dist.data.files import make_folder
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.tools.predict import read_image
@@ -128,8 +127,7 @@ def _pixel_embedding(
     column, row = at
     if not (0 <= column < width and 0 <= row < height):
         raise ValueError(f"--at {column} {row}: {image} has {width} x {height} pixels")
-    resize = options.resolved(model).resize
-    small = resize_image(pixels, fitted_size(height, width, resize)).to(model.device)
+    small = options.resolved(model).fitted(pixels).to(model.device)
     model.method.eval()
     with torch.no_grad():
         features = model.method.embed(small[None])[0]

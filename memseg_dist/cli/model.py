@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from memseg_dist.checks import check_pairs, check_scales
 from memseg_dist.config import ValidationConfig
+from memseg_dist.data.augment import height_and_width
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.evaluation.lookup import find_classes
 from memseg_dist.evaluation.sliding import Average, Inference, Mode
@@ -33,11 +34,13 @@ class InferenceOptions:
     mode: Mode | None = None
     """The whole picture at once, or sliding windows whose logits are averaged."""
     resize: tuple[int, int] | None = None
-    """Longest and shortest side that the picture is fitted to, its ratio kept."""
-    window: int | None = None
-    """Side of a window in pixels."""
-    stride: int | None = None
-    """Step between windows in pixels."""
+    """Longest and shortest side that the picture is fitted to."""
+    keep_ratio: bool | None = None
+    """Keep its aspect ratio; else its sides become exactly these."""
+    window: int | tuple[int, int] | None = None
+    """Side of a window in pixels, or its height and width."""
+    stride: int | tuple[int, int] | None = None
+    """Step between windows in pixels, or the steps down and across."""
     scales: tuple[float, ...] | None = None
     """Multi-scale testing: sizes to look at, relative to the fitted picture (0.75 1.0 1.25)."""
     flip: bool | None = None
@@ -61,16 +64,21 @@ class InferenceOptions:
         if self.swap is not None:
             check_pairs(self.swap, "--swap")
             swap = vocabulary.index_pairs(self.swap, "--swap")
+        window, stride = self.window or usual.window, self.stride or usual.stride
+        if self.window is not None and self.stride is None:
+            sides = zip(height_and_width(usual.stride), height_and_width(window))
+            stride = tuple(map(min, sides))  # type: ignore[assignment]
         return Inference(
             mode=self.mode or usual.mode,
             resize=self.resize or usual.resize,
-            window=self.window or usual.window,
-            stride=self.stride or min(usual.stride, self.window or usual.window),
+            window=window,
+            stride=stride,
             scales=scales,
             flip=usual.flip if self.flip is None else self.flip,
             swap=swap,
             average=self.average or usual.average,
             memory_bytes=self.memory * 2**20,
+            keep_ratio=usual.keep_ratio if self.keep_ratio is None else self.keep_ratio,
         )
 
 

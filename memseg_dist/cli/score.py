@@ -105,7 +105,9 @@ def _evaluated(
         base, novel = _groups(config, space, name)
     counts = image_counts(config.sources, space, config.cache_directory) if buckets else None
     classes = evaluated_classes(space, name, base=base, novel=novel, training_images=counts)
-    dataset = EvalDataset(validation.path, space, name, resize=settings.resize)
+    dataset = EvalDataset(
+        validation.path, space, name, resize=settings.resize, keep_ratio=settings.keep_ratio
+    )
     return dataset, classes
 
 

@@ -8,7 +8,7 @@ Deviations from the paper's code, each for a reason: images are resized with ant
 bilinear aliases when it shrinks); padding is carried as `valid` instead of being seen as image; the
 crop's class shares are counted at half its size, a quarter of the cost. Saturation and hue are
 changed in 8-bit HSV as there, by Pillow, since torchvision blends with grey and is 8 times slower.
-Shape letters: H x W pixels of the image as stored, C = crop.
+Shape letters: H x W pixels of the image as stored, Y x X of the crop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class AugmentConfig:
     """resize: (long, short) sides at scale 1. keep_ratio: the image is made to fit into them, its
     ratio kept; else its sides become exactly these, whatever its ratio ((520, 520): a square).
 
-    scale_range: factors drawn uniformly. crop: side of the square output in pixels. flip: chance.
+    scale_range: factors drawn uniformly. crop: side of the square output in pixels, or its (height,
+    width). flip: chance.
     category_max_ratio: a crop is drawn again (10 times at most) while one class covers this share
     of its known pixels; 1.0 = never look at the mask when choosing the crop.
     rotate: a share `rotate_chance` of the crops is turned about its centre, by an angle drawn
@@ -49,7 +50,7 @@ class AugmentConfig:
 
     resize: tuple[int, int] = (2048, 512)
     scale_range: tuple[float, float] = (0.5, 2.0)
-    crop: int = 512
+    crop: int | tuple[int, int] = 512
     flip: float = 0.5
     photometric: bool = True
     category_max_ratio: float = 0.75
@@ -60,8 +61,10 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "resize", tuple(self.resize))
         object.__setattr__(self, "scale_range", tuple(self.scale_range))
+        if not isinstance(self.crop, int):
+            object.__setattr__(self, "crop", tuple(self.crop))
         low, high = self.scale_range
-        if not (min(self.resize) > 0 and 0 < low <= high and self.crop > 0):
+        if not (min(self.resize) > 0 and 0 < low <= high and min(self.crop_size) > 0):
             raise ValueError(
                 f"augmentation: resize {self.resize}, scale_range {self.scale_range} and crop "
                 f"{self.crop} must be positive, and the range ascending"
@@ -77,12 +80,17 @@ class AugmentConfig:
                 f"rotate_chance {self.rotate_chance} a chance in 0..1"
             )
 
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """(height, width)"""
+        return height_and_width(self.crop)
+
 
 class Augmented(NamedTuple):
     """One crop and where it lies.
 
-    image uint8 [3, C, C]; valid bool [C, C], False on padding; mask int32 [C, C] or None; saliency
-    float32 [C, C] in 0..1, -1 on padding, or None. crop_box: with `rotate`, where the crop lay
+    image uint8 [3, Y, X]; valid bool [Y, X], False on padding; mask int32 [Y, X] or None; saliency
+    float32 [Y, X] in 0..1, -1 on padding, or None. crop_box: with `rotate`, where the crop lay
     before it was turned.
     """
 
@@ -91,6 +99,11 @@ class Augmented(NamedTuple):
     mask: Tensor | None
     crop_box: CropBox
     saliency: Tensor | None = None
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Of a square given by its side, or as they are."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def fitted_size(
@@ -107,11 +120,13 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def resized_size(height: int, width: int, config: AugmentConfig, scale: float) -> tuple[int, int]:
-    """(height, width) of the image that crops are cut from."""
-    if config.keep_ratio:
-        return fitted_size(height, width, config.resize, scale)
-    long, short = max(config.resize), min(config.resize)
+def resized_size(
+    height: int, width: int, resize: tuple[int, int], scale: float = 1.0, *, keep_ratio: bool
+) -> tuple[int, int]:
+    """(height, width) of the image that crops are cut from: see `AugmentConfig`."""
+    if keep_ratio:
+        return fitted_size(height, width, resize, scale)
+    long, short = max(resize), min(resize)
     sides = (long, short) if height > width else (short, long)
     return scaled_size(*sides, scale)
 
@@ -119,6 +134,12 @@ def resized_size(height: int, width: int, config: AugmentConfig, scale: float) -
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 [3, H, W] -> uint8 [3, *size], bilinear with antialiasing."""
     return functional.resize_image(image, list(size), antialias=True)
+
+
+def fit_image(image: Tensor, resize: tuple[int, int], *, keep_ratio: bool = True) -> Tensor:
+    """uint8 [3, H, W] as it is tested: at `resize` = (long, short), its ratio kept or not."""
+    size = resized_size(image.shape[-2], image.shape[-1], resize, keep_ratio=keep_ratio)
+    return resize_image(image, size)
 
 
 def nearest_indices(old: int, new: int) -> Tensor:
@@ -151,15 +172,18 @@ def augment(
     the mask is; nothing is drawn for it, so the crop is the same with and without.
     """
     draw = random.Random(seed)  # its stream is the same in every version of Python
-    crop = config.crop
+    crop = crop_height, crop_width = config.crop_size
     height, width = image.shape[1:]
     low, high = config.scale_range
-    new_height, new_width = resized_size(height, width, config, low + (high - low) * draw.random())
+    scale = low + (high - low) * draw.random()
+    new_height, new_width = resized_size(
+        height, width, config.resize, scale, keep_ratio=config.keep_ratio
+    )
     rows, columns = nearest_indices(height, new_height), nearest_indices(width, new_width)
     looked_at = mask if crop_by_mask and config.category_max_ratio < 1 else None
     top, left = _crop_box(rows, columns, looked_at, config, draw)
     image = resize_image(image, (new_height, new_width))
-    num_rows, num_columns = min(crop, new_height - top), min(crop, new_width - left)
+    num_rows, num_columns = min(crop_height, new_height - top), min(crop_width, new_width - left)
     flipped = draw.random() < config.flip
     crop_box = CropBox(
         left / new_width,
@@ -178,9 +202,10 @@ def augment(
         row = rows[y.long().clamp_(0, new_height - 1)]
         column = columns[x.long().clamp_(0, new_width - 1)]
     else:
-        image = image[:, top : top + crop, left : left + crop]
+        bottom, right = top + num_rows, left + num_columns
+        image = image[:, top:bottom, left:right]
         inside = torch.ones(num_rows, num_columns, dtype=torch.bool)
-        row, column = rows[top : top + crop, None], columns[left : left + crop]
+        row, column = rows[top:bottom, None], columns[left:right]
         if flipped:
             image, column = functional.horizontal_flip_image(image), column.flip(0)
     if config.photometric:
@@ -199,21 +224,21 @@ def augment(
 
 
 def _turned(
-    centre_y: float, centre_x: float, crop: int, angle: float, box: CropBox
+    centre_y: float, centre_x: float, crop: tuple[int, int], angle: float, box: CropBox
 ) -> tuple[Tensor, Tensor]:
-    """Where each pixel of a turned crop looks: y, x [C, C] in pixels of the resized image.
+    """Where each pixel of a turned crop looks: y, x [Y, X] in pixels of the resized image.
 
     centre: of the straight crop's valid part, about which it is turned by `angle` radians.
     """
-    offset = torch.arange(crop, dtype=torch.float64) + 0.5
-    down, across = (offset - box.rows / 2)[:, None], (offset - box.columns / 2)[None]
+    row, column = (torch.arange(side, dtype=torch.float64) + 0.5 for side in crop)
+    down, across = (row - box.rows / 2)[:, None], (column - box.columns / 2)[None]
     cosine, sine = math.cos(angle), math.sin(angle)
     y, x = cosine * down - sine * across, sine * down + cosine * across
     return centre_y + y, centre_x + (-x if box.flipped else x)
 
 
 def _sampled(image: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """uint8 [3, H, W] at the points y, x [C, C], bilinear: uint8 [3, C, C]. Pixel (i, j) has its
+    """uint8 [3, H, W] at the points y, x [Y, X], bilinear: uint8 [3, Y, X]. Pixel (i, j) has its
     centre at (i + 0.5, j + 0.5); the image goes on beyond its border as it ends there.
     """
     height, width = image.shape[1:]
@@ -228,8 +253,8 @@ def _crop_box(
     rows: Tensor, columns: Tensor, mask: Tensor | None, config: AugmentConfig, draw: random.Random
 ) -> tuple[int, int]:
     """The crop's top left corner in the resized image."""
-    crop = config.crop
-    spare_height, spare_width = max(len(rows) - crop, 0), max(len(columns) - crop, 0)
+    height, width = config.crop_size
+    spare_height, spare_width = max(len(rows) - height, 0), max(len(columns) - width, 0)
 
     def corner() -> tuple[int, int]:
         return int(draw.random() * (spare_height + 1)), int(draw.random() * (spare_width + 1))
@@ -239,7 +264,7 @@ def _crop_box(
         return top, left
     pixels, rows_at, columns_at = mask.numpy(), rows.numpy(), columns.numpy()
     for _ in range(_CROP_TRIES):
-        seen = pixels[rows_at[top : top + crop : 2]][:, columns_at[left : left + crop : 2]]
+        seen = pixels[rows_at[top : top + height : 2]][:, columns_at[left : left + width : 2]]
         counts = np.bincount(seen[seen != IGNORE])
         if np.count_nonzero(counts) > 1 and counts.max() < config.category_max_ratio * counts.sum():
             break
@@ -281,9 +306,9 @@ def _shift_colours(image: Tensor, gain: float, turn: float) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _padded(pixels: Tensor, crop: int, fill: int | bool) -> Tensor:
-    """[..., h, w] -> [..., C, C] with `fill` at the right and bottom."""
+def _padded(pixels: Tensor, crop: tuple[int, int], fill: int | bool) -> Tensor:
+    """[..., h, w] -> [..., Y, X] with `fill` at the right and bottom."""
     height, width = pixels.shape[-2:]
-    padded = pixels.new_full((*pixels.shape[:-2], crop, crop), fill)
+    padded = pixels.new_full((*pixels.shape[:-2], *crop), fill)
     padded[..., :height, :width] = pixels
     return padded

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from memseg_dist.data.augment import fitted_size, resize_image
+from memseg_dist.data.augment import fit_image
 from memseg_dist.data.cache import DEFAULT_CACHE_BYTES, ShardCache
 from memseg_dist.data.files import default_cache
 from memseg_dist.data.index import Index
@@ -29,7 +29,8 @@ class EvalItem(NamedTuple):
 class EvalDataset(Dataset[EvalItem]):
     """A split with masks for evaluation, in the index's order.
 
-    resize: (long, short) that images are made to fit, keeping their ratio; None = as stored.
+    resize: (long, short) that images are made to fit, or without `keep_ratio` to have; None = as
+    stored.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class EvalDataset(Dataset[EvalItem]):
         source_name: str,
         resize: tuple[int, int] | None = (2048, 512),
         *,
+        keep_ratio: bool = True,
         cache_dir: str | Path | None = None,
     ) -> None:
         cache = Path(cache_dir or default_cache())
@@ -48,7 +50,7 @@ class EvalDataset(Dataset[EvalItem]):
         check_source(source, self.index, len(to_union))
         shards = ShardCache(cache / "shards", DEFAULT_CACHE_BYTES)
         self._reader = Reader(self.index, shards, to_union)
-        self._resize = resize
+        self._resize, self._keep_ratio = resize, keep_ratio
 
     def __len__(self) -> int:
         return len(self.index)
@@ -56,5 +58,5 @@ class EvalDataset(Dataset[EvalItem]):
     def __getitem__(self, row: int) -> EvalItem:
         image, mask, labels = self._reader.read(row, with_mask=True)
         if self._resize is not None:
-            image = resize_image(image, fitted_size(image.shape[1], image.shape[2], self._resize))
+            image = fit_image(image, self._resize, keep_ratio=self._keep_ratio)
         return EvalItem(image, known(mask).long(), self.index.key(row), labels)

@@ -105,7 +105,7 @@ class SourceReader:
             except CorruptSample:
                 if source.on_corrupt == "raise":
                     raise
-                crop, present = _blank(source.augment.crop), ()
+                crop, present = _blank(source.augment.crop_size), ()
                 skipped += 1
             crops.append(crop)
             labels.append(present)
@@ -161,10 +161,10 @@ def classes_at_half_size(mask: Tensor) -> tuple[int, ...]:
     return tuple(present[present != IGNORE].tolist())
 
 
-def _blank(crop: int) -> Augmented:
-    mask = torch.full((crop, crop), IGNORE, dtype=torch.int32)
-    valid = torch.zeros(crop, crop, dtype=torch.bool)
-    image, saliency = torch.zeros(3, crop, crop, dtype=torch.uint8), torch.full((crop, crop), -1.0)
+def _blank(size: tuple[int, int]) -> Augmented:
+    mask = torch.full(size, IGNORE, dtype=torch.int32)
+    valid = torch.zeros(size, dtype=torch.bool)
+    image, saliency = torch.zeros(3, *size, dtype=torch.uint8), torch.full(size, -1.0)
     return Augmented(image, valid, mask, UNREADABLE, saliency)
 
 

@@ -23,7 +23,13 @@ from torch import Tensor
 
 from memseg_dist.checks import check_pairs, check_scales, require
 from memseg_dist.config import ValidationConfig
-from memseg_dist.data.augment import resize_image, scaled_size, swap_ids
+from memseg_dist.data.augment import (
+    fit_image,
+    height_and_width,
+    resize_image,
+    scaled_size,
+    swap_ids,
+)
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.method import MATMUL_CLASSES, LinearLogits, Prediction
 from memseg_dist.nn.resize import upsample_positions
@@ -39,9 +45,10 @@ class Inference:
 
     mode: Mode = "slide"
     resize: tuple[int, int] = (2048, 512)
-    """Longest and shortest side that a picture is fitted to, by whoever reads it."""
-    window: int = 512
-    stride: int = 512
+    """Longest and shortest side that a picture is fitted to, by whoever reads it: `fitted`."""
+    window: int | tuple[int, int] = 512
+    """The side of a square, or (height, width); and so the stride."""
+    stride: int | tuple[int, int] = 512
     scales: tuple[float, ...] = (1.0,)
     """Sizes of the picture to look at, relative to the fitted one; each is cut into windows."""
     flip: bool = False
@@ -56,6 +63,8 @@ class Inference:
     one more per view). At least one class is processed at a time, so one class's maps (4 bytes x
     (Y X + H W), with several views 4 bytes x (Y X + 3 H W) of the largest) and the low-resolution
     logits of MATMUL_CLASSES classes are the floor."""
+    keep_ratio: bool = True
+    """Keep the picture's aspect ratio when it is fitted; else its sides become exactly `resize`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
@@ -79,7 +88,12 @@ class Inference:
             flip=settings.flip,
             swap=vocabulary.index_pairs(settings.swap, "validation.swap"),
             average=settings.average,
+            keep_ratio=settings.keep_ratio,
         )
+
+    def fitted(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] at the size that it is looked at."""
+        return fit_image(image, self.resize, keep_ratio=self.keep_ratio)
 
     @property
     def averages_probabilities(self) -> bool:
@@ -116,21 +130,26 @@ class _View(NamedTuple):
     coverage: Tensor | None
 
 
-def windows(size: tuple[int, int], window: int, stride: int) -> list[Window]:
+def windows(
+    size: tuple[int, int], window: int | tuple[int, int], stride: int | tuple[int, int]
+) -> list[Window]:
     """Windows that cover [height, width], row by row; the last of each axis is shifted inward.
 
-    An axis shorter than `window` gets one window of its own length. Errors: ValueError.
+    window, stride: a side, or (height, width). An axis shorter than the window gets one of its own
+    length. Errors: ValueError.
     """
-    if window < 1 or not 1 <= stride <= window:
+    sides, steps = height_and_width(window), height_and_width(stride)
+    if not all(1 <= step <= side for side, step in zip(sides, steps)):
         raise ValueError(
             f"stride {stride} with window {window}: the stride must be from 1 to the window's "
             "size, else pixels between two windows would have no prediction"
         )
     rows, columns = (
-        [*range(0, max(length - window, 0), stride), max(length - window, 0)] for length in size
+        [*range(0, max(length - side, 0), step), max(length - side, 0)]
+        for length, side, step in zip(size, sides, steps)
     )
     return [
-        Window(top, left, min(top + window, size[0]), min(left + window, size[1]))
+        Window(top, left, min(top + sides[0], size[0]), min(left + sides[1], size[1]))
         for top in rows
         for left in columns
     ]

@@ -37,6 +37,8 @@ from memseg_dist.nn.vgg import Vgg16
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 OWN_NETS: dict[str, type[nn.Module]] = {"vgg16": Vgg16, "resnet38": ResNet38}
+_FEATURE_OPTIONS = ("feature_location",)
+"""What timm's feature extractors take and its whole nets do not: see `BackboneConfig.options`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class BackboneConfig:
     std: tuple[float, float, float] = IMAGENET_STD
     options: Mapping[str, str] = field(default_factory=dict)
     """Further keyword arguments of the model, values as JSON, e.g. {"embed_dim": "192"}; of
-    resnet38 {"frozen": "true"}, of vgg16 and resnet38 {"width": "0.25"}. None that reads a file."""
+    resnet38 {"frozen": "true"}, of vgg16 and resnet38 {"width": "0.25"}; of an HRNet
+    {"feature_location": '""'} for its branches as they are. None that reads a file."""
 
     def __post_init__(self) -> None:
         for key in self.options:
@@ -178,7 +181,7 @@ def _build_net(
         nearest = difflib.get_close_matches(config.name, timm.list_models(), n=3)
         raise ValueError(f"backbone '{config.name}' is no timm model; nearest: {nearest}")
     with torch.device("meta"):  # draws no random numbers: the net below gets the caller's first
-        probe: Any = make(**options)
+        probe: Any = make(**_of_whole_net(options))
     count = len(probe.feature_info)
     indices = tuple(stage + count if stage < 0 else stage for stage in stages)
     if not indices or list(indices) != sorted(set(indices) & set(range(count))):
@@ -195,6 +198,10 @@ def _build_net(
         if not hasattr(probe, "head_dist"):  # which cannot do without its two tokens
             more["global_pool"] = ""  # a pooled ViT would have its norm behind the pooling
     return make(**more | options), indices
+
+
+def _of_whole_net(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in _FEATURE_OPTIONS}
 
 
 def _size_options(net: Any, image_size: int) -> dict[str, Any]:
@@ -268,7 +275,7 @@ def _timm_weights(
     """
     more: dict[str, Any] = {}
     if config.name.split(".")[0] not in OWN_NETS:
-        more = _size_options(net, config.image_size) | options
+        more = _size_options(net, config.image_size) | _of_whole_net(options)
     elif saved is not None:  # vgg16's names are timm's; its classifier is larger than all the rest
         return {name: saved[name] for name in net.state_dict() if name in saved}
     if saved is not None:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memseg_dist.data.augment import fitted_size, resize_image
 from memseg_dist.data.decode import decode_image, encode_mask
 from memseg_dist.data.files import make_folder, read_bytes, unwritable
 from memseg_dist.data.vocabulary import Vocabulary
@@ -51,7 +50,7 @@ def predict_image(
     """uint8 [3, H, W] -> int64 [H, W] of the best of `class_ids` [K] per pixel, on the host."""
     ids = torch.tensor(class_ids, device=device)
     height, width = image.shape[-2:]
-    small = resize_image(image, fitted_size(height, width, inference.resize)).to(device)
+    small = inference.fitted(image).to(device)
     with evaluation_mode(method):
         index = segment(method.predict, small, ids, inference, (height, width))
     return ids[index].cpu()

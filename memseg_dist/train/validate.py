@@ -58,6 +58,7 @@ class Validator:
             label_space,
             settings.name,
             resize=settings.resize,
+            keep_ratio=settings.keep_ratio,
             cache_dir=config.cache_directory,
         )
 

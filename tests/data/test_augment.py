@@ -146,6 +146,7 @@ def test_hue_and_saturation_against_colorsys(gain, turn):
     "settings",
     [
         {"crop": 0},
+        {"crop": (48, 0)},
         {"scale_range": (2.0, 0.5)},
         {"flip": 1.5},
         {"category_max_ratio": 0.0},
@@ -208,11 +209,11 @@ def test_without_the_ratio_every_image_fills_the_crop():
         assert made.valid.all()
         flipped = made.crop_box.flipped
         assert made.crop_box == (0.0, 0.0, 1.0, 1.0, flipped, 48, 48)
-    assert resized_size(30, 90, replace(config, resize=(321, 321)), 1.25) == (401, 401)
-    assert resized_size(30, 90, replace(config, resize=(90, 60)), 0.5) == (30, 45)
-    assert resized_size(90, 30, replace(config, resize=(60, 90)), 0.5) == (45, 30)
+    assert resized_size(30, 90, (321, 321), 1.25, keep_ratio=False) == (401, 401)
+    assert resized_size(30, 90, (90, 60), 0.5, keep_ratio=False) == (30, 45)
+    assert resized_size(90, 30, (60, 90), 0.5, keep_ratio=False) == (45, 30)
     assert scaled_size(1, 90, 0.1) == (1, 9)
-    assert resized_size(30, 90, replace(config, keep_ratio=True, resize=(60, 60)), 1) == (20, 60)
+    assert resized_size(30, 90, (60, 60), keep_ratio=True) == (20, 60)
 
 
 def test_saliency_does_not_change_the_crop():
@@ -244,6 +245,66 @@ def test_without_rotation_the_stream_is_what_it_was():
         (crop.crop_box.flipped, crop.crop_box.rows, crop.crop_box.columns) for crop in made
     ] == [(True, 48, 48), (True, 45, 48), (True, 48, 48), (False, 48, 48)]
     assert [int(crop.image[0, 0, 0]) for crop in made] == [100, 97, 100, 133]
+
+
+@pytest.mark.parametrize("turn", [0.0, 30.0])
+def test_a_square_given_by_its_side_or_by_both_is_the_same(turn):
+    image, mask = checkerboard()
+    side = AugmentConfig((96, 64), crop=48, rotate=turn)
+    both = replace(side, crop=[48, 48])
+    assert side.crop == 48 and side.crop_size == both.crop == (48, 48)
+    for seed in range(20):
+        one, other = (augment(image, mask, c, seed, saliency=image[0]) for c in (side, both))
+        assert one.crop_box == other.crop_box
+        for name in ("image", "valid", "mask", "saliency"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize(
+    ("crop", "turn"), [((40, 90), 0.0), ((90, 40), 0.0), ((40, 90), 30.0), ((90, 40), 30.0)]
+)
+def test_a_rectangular_crop_has_its_height_and_width(crop, turn):
+    """Image, mask and saliency stay together; the mask holds the numbers of the stored pixels."""
+    height, width = crop
+    image, mask = ramp(), torch.arange(90 * 120).reshape(90, 120).int()
+    config = AugmentConfig((120, 90), (0.5, 2.0), crop, photometric=False, rotate=turn,
+                           rotate_chance=1.0, category_max_ratio=1.0)  # fmt: skip
+    padded = set()
+    for seed in range(60):
+        made = augment(image, mask, config, seed, saliency=image[0])
+        box = made.crop_box
+        assert made.image.shape == (3, height, width)
+        assert made.valid.shape == made.mask.shape == made.saliency.shape == crop
+        assert box.rows <= height and box.columns <= width
+        stored = made.mask[made.valid].long()
+        wanted = torch.stack([(stored // 120 + 0.5) / 90, (stored % 120 + 0.5) / 120])
+        shown = made.image[:2, made.valid].float() / 200
+        assert (shown - wanted).abs().quantile(0.95) < 2.5 / 90  # antialiasing at the border
+        assert torch.equal(made.saliency[made.valid], image[0].flatten()[stored].float() / 255)
+        assert (made.mask[~made.valid] == -1).all() and (made.saliency[~made.valid] == -1).all()
+        if not turn:
+            assert made.valid[: box.rows, : box.columns].all()
+            assert made.valid.sum() == box.rows * box.columns
+            rows = stored.reshape(box.rows, box.columns)[:, 0] // 120
+            assert abs(int(rows[0]) - box.top * 90) < 1.01
+        padded.add((box.rows < height, box.columns < width))
+    assert {(False, False)} < padded
+
+
+def test_a_rectangular_crop_looks_for_more_than_one_class_in_all_of_itself():
+    """The second class is a strip below: within 60 rows of the top there is none of it."""
+    image, mask = torch.zeros(3, 200, 200, dtype=torch.uint8), torch.zeros(200, 200).int()
+    mask[140:] = 1
+    config = AugmentConfig((200, 200), (1.0, 1.0), (120, 30), photometric=False)
+
+    def hits(**settings):
+        made = (augment(image, mask, config, seed, **settings) for seed in range(100))
+        return sum(bool((crop.mask == 1).any()) for crop in made)
+
+    assert hits() > hits(crop_by_mask=False) > 50
+    wide = replace(config, crop=(30, 120))
+    tops = [augment(image, mask, wide, seed, crop_by_mask=False).crop_box for seed in range(200)]
+    assert max(box.top for box in tops) > 0.8 and max(box.left for box in tops) < 0.41
 
 
 TURNING = AugmentConfig((100, 70), (0.5, 2.0), 60, photometric=False, rotate=30, rotate_chance=1.0)

@@ -408,6 +408,8 @@ def test_evaluation_items(masks_root):
     assert item.image.shape == (3, 60, 80)
     assert item.truth.dtype == torch.int64
     assert torch.equal(item.truth, expected_mask(item.key)[:30])
+    square = EvalDataset(masks_root, SPACE, "masks", resize=(60, 60), keep_ratio=False)
+    assert square[2].image.shape == (3, 60, 60) and torch.equal(square[2].truth, item.truth)
     stored = EvalDataset(masks_root, SPACE, "masks", resize=None)
     assert stored[2].image.shape == (3, 30, 40)
     assert [item.key for item in stored] == [f"image{number:04d}" for number in range(17)]

@@ -59,9 +59,28 @@ def test_windows_cover_and_shift_the_last_one_inward():
     assert windows((4, 8), 4, 4) == [Window(0, 0, 4, 4), Window(0, 4, 4, 8)]
 
 
+def test_rectangular_windows():
+    found = windows((6, 10), (4, 8), (2, 8))
+    assert found == [
+        Window(top, left, top + 4, left + 8) for top in (0, 2) for left in (0, 2)
+    ]  # fmt: skip
+    assert windows((3, 9), (4, 4), (4, 4)) == windows((3, 9), 4, 4)
+    assert windows((4, 6), (8, 3), (8, 3)) == [Window(0, 0, 4, 3), Window(0, 3, 4, 6)]
+    image = picture(24, 40)
+    weight = integer_weight(7)
+    predict = integer_predict(weight, torch.zeros(7))
+    options = Inference("slide", window=(8, 16), stride=(8, 12))
+    found = segment(predict, image, torch.arange(7), options)
+    assert torch.equal(found, segment_dense(predict, image, torch.arange(7), options, None))
+
+
 def test_windows_refuse_gaps():
     with pytest.raises(ValueError, match="stride 5 with window 4"):
         windows((10, 10), 4, 5)
+    with pytest.raises(ValueError, match=r"stride \(4, 5\) with window \(8, 4\)"):
+        windows((10, 10), (8, 4), (4, 5))
+    with pytest.raises(ValueError, match=r"stride 4 with window \(8, 3\)"):
+        windows((10, 10), (8, 3), 4)
 
 
 @pytest.mark.parametrize("memory_bytes", [1, 40_000, 10**9])
@@ -400,12 +419,17 @@ def test_settings_become_an_inference():
     vocabulary = Vocabulary(tuple(Category(uid, uid) for uid in ("dog", "left", "right")))
     settings = ValidationConfig(
         "val", mode="whole", resize=(50, 40), window=30, stride=20, scales=(0.5, 2.0), flip=True,
-        swap=(("right", "left"),), average="probabilities",
+        swap=(("right", "left"),), average="probabilities", keep_ratio=False,
     )  # fmt: skip
     assert Inference.of(settings, vocabulary) == Inference(
-        "whole", (50, 40), 30, 20, (0.5, 2.0), True, ((2, 1),), "probabilities"
+        "whole", (50, 40), 30, 20, (0.5, 2.0), True, ((2, 1),), "probabilities", keep_ratio=False
     )
     assert Inference.of(ValidationConfig("val"), vocabulary) == Inference()
+    wide, tall = picture(30, 60), picture(60, 30)
+    assert Inference(resize=(40, 20)).fitted(wide).shape == (3, 20, 40)
+    assert Inference(resize=(40, 40)).fitted(wide).shape == (3, 20, 40)
+    square = Inference(resize=(40, 40), keep_ratio=False)
+    assert square.fitted(wide).shape == square.fitted(tall).shape == (3, 40, 40)
     settings = ValidationConfig("val", swap=(("left", "righ"),))
     with pytest.raises(ValueError, match=r"validation.swap: .*no class has uid 'righ'.*'right'"):
         Inference.of(settings, vocabulary)

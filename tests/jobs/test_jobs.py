@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -11,11 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from memseg_dist.assemble import build_label_space
 from memseg_dist.config import LaunchConfig, RunConfig, from_json, to_json
 from memseg_dist.data.index import Index
+from memseg_dist.methods.mcibi.network import Network
+from memseg_dist.nn.backbone import build_backbone
 from memseg_dist.pipeline import main, parse
 from memseg_dist.stages import is_reference, resolved
 from memseg_dist.tools import miniature
@@ -29,7 +33,15 @@ PIPELINES = (
     "pretrain_scenes",
     "pretrain_folder",
 )
-JOBS = ("larvseg_21k", "larvseg_ade", "larvseg_scenes", "larvseg_folder", *PIPELINES)
+MCIBI = (
+    "mcibi_ade",
+    "mcibi_cityscapes",
+    "mcibi_lip",
+    "mcibi_coco_stuff",
+    "mcibi_scenes",
+    "mcibi_folder",
+)
+JOBS = ("larvseg_21k", "larvseg_ade", "larvseg_scenes", "larvseg_folder", *PIPELINES, *MCIBI)
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +82,11 @@ def test_smoke_draws_what_every_run_reads(job, monkeypatch, tmp_path, name):
         if isinstance(stage, RunConfig) and "pseudo" not in [item.name for item in stage.sources]:
             space = build_label_space(stage)
             for source in stage.sources:
-                assert len(Index.open(source.path)) == 8
-                assert len(space.ids(source.name)) == len(Index.open(source.path).vocabulary)
+                index = Index.open(source.path)
+                shown = min(len(index.vocabulary), 1000)
+                has_masks = index.num_masks > 0
+                assert len(index) == (max(8, -(-shown // 4)) if has_masks else 8)
+                assert len(space.ids(source.name)) == len(index.vocabulary)
             if stage.validation is not None:
                 assert {*stage.validation.base, *stage.validation.novel} <= {*space.vocabulary.uids}
 
@@ -149,6 +164,172 @@ def test_rca_has_the_papers_settings(job):
     assert (baseline.contrast_weight, baseline.aggregation) == (0.0, "off")
 
 
+COMMON = {"optimizer.kind": "sgd", "optimizer.momentum": 0.9, "optimizer.power": 0.9}
+ADE = {
+    "method.context": "aspp", "method.memory": "features", "method.consistency_weight": 1.0,
+    "method.momentum": 0.9, "optimizer.lr": 0.01, "optimizer.weight_decay": 5e-4, "crop": (512, 512),
+    "slots": (2, 8), "steps": 130 * 20_210 // 16, "backbone.name": "resnet50c.gluon_in1k",
+    "backbone.output_stride": 8, "validation.mode": "whole", "validation.resize": (2048, 512),
+    "validation.scales": (1.0,), "validation.flip": False,
+}  # fmt: skip
+SLOWER = {"optimizer.lr": 0.004, "steps": 180 * 20_210 // 16, "optimizer.weight_decay": 5e-4}
+VIT = {
+    "method.stages": (9, 14, 19, 23), "method.rates": (6, 12, 18), "method.aux_heads": (-4, -3, -2),
+    "optimizer.weight_decay": 0.0, "optimizer.backbone_lr_scale": 0.1, "backbone.image_size": 512,
+    "validation.mode": "slide", "validation.window": 512, "validation.stride": 341,
+}  # fmt: skip
+CITYSCAPES = {
+    "crop": (512, 1024), "slots": (2, 4), "steps": 220 * 2_975 // 8, "optimizer.lr": 0.01,
+    "optimizer.weight_decay": 5e-4, "validation.mode": "whole", "validation.resize": (2048, 1024),
+    "method.downsample": False,
+}  # fmt: skip
+LIP = {
+    "crop": (473, 473), "slots": (4, 8), "steps": 150 * 30_462 // 32, "optimizer.lr": 0.01,
+    "validation.resize": (473, 473), "validation.keep_ratio": False, "validation.mode": "whole",
+    "method.downsample": False, "validation.flip": False,
+}  # fmt: skip
+STUFF = {
+    "crop": (512, 512), "slots": (2, 8), "steps": 110 * 9_000 // 16, "optimizer.lr": 0.001,
+    "optimizer.weight_decay": 1e-4,
+}  # fmt: skip
+OFF = {"method.consistency_weight": 0.0}
+NO_LONG_MEAN = OFF | {"method.momentum": 1.0}
+VIEWS = {
+    "validation.scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "validation.flip": True,
+    "validation.average": "probabilities",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("ade", {}, ADE),
+        ("ade", {"net": "resnest101"}, ADE | SLOWER | {"backbone.name": "resnest101e.in1k"}),
+        ("ade", {"net": "hrnet_w48"}, SLOWER | {"method.downsample": False}),
+        ("ade", {"net": "vit_large"}, VIT | {"optimizer.lr": 0.01}),
+        ("ade", {"net": "swin_large"}, {"optimizer.kind": "adamw", "method.context": "uper"}),
+        ("ade", {"baseline": True}, ADE | {"method.memory": "off"}),
+        ("ade", {"multiscale": True}, ADE | VIEWS | {"every.evaluate": 130 * 20_210 // 16}),
+        ("ade", {"preset": "released"}, ADE | {"method.consistency_norm": "batch"}),
+        ("ade", {"preset": "paper"}, {"method.dim": None, "optimizer.min_lr": 0.0}),
+        ("cityscapes", {}, CITYSCAPES),
+        ("cityscapes", {"preset": "released"}, CITYSCAPES | NO_LONG_MEAN),
+        (
+            "cityscapes",
+            {"trainval": True, "multiscale": True},
+            CITYSCAPES | VIEWS | {"slots": (4, 4), "steps": 440 * 3_475 // 16}
+            | {"validation.mode": "slide", "validation.window": (512, 1024)},
+        ),
+        (
+            "cityscapes",
+            {"trainval": True, "net": "hrnet_w48"},
+            {"steps": 500 * 3_475 // 16, "method.downsample": True, "method.aux_heads": ()},
+        ),
+        ("lip", {}, LIP),
+        ("lip", {"preset": "released"}, LIP | OFF | {"method.momentum": 0.9}),
+        ("lip", {"multiscale": True}, LIP | {"validation.flip": True}),
+        (
+            "lip",
+            {"net": "hrnet_w48"},
+            {"optimizer.lr": 0.007, "slots": (5, 8), "steps": 150 * 30_462 // 40}
+            | {"method.downsample": True, "method.pixels": "all"},
+        ),
+        ("coco_stuff", {}, STUFF),
+        ("coco_stuff", {"preset": "released"}, STUFF | NO_LONG_MEAN),
+        ("coco_stuff", {"multiscale": True}, STUFF | VIEWS | {"validation.mode": "slide"}),
+        ("coco_stuff", {"net": "vit_large"}, VIT | {"optimizer.lr": 0.001}),
+        (
+            "coco_stuff",
+            {"net": "resnest101"},
+            STUFF | {"slots": (4, 8), "optimizer.weight_decay": 5e-4, "steps": 150 * 9_000 // 32},
+        ),
+        (
+            "coco_stuff",
+            {"release": "164k", "preset": "released"},
+            STUFF
+            | {"optimizer.lr": 0.01, "optimizer.weight_decay": 5e-4, "steps": 30 * 118_287 // 16}
+            | {"method.consistency_weight": 1.0, "method.momentum": 0.9},
+        ),
+    ],
+)  # fmt: skip
+def test_mcibi_has_the_papers_settings(job, name, options, wanted):
+    run = stages_of(job(f"mcibi_{name}"), **options)["train"]
+    (source,) = run.sources
+    found = {"crop": source.augment.crop_size, "slots": (source.slots, source.batch_per_slot)}
+    is_sgd = wanted.get("optimizer.kind") != "adamw"
+    for key in (COMMON if is_sgd else {}) | wanted:
+        if key not in found:
+            value = run
+            for part in key.split("."):
+                value = getattr(value, part)
+            found[key] = value
+    assert found == found | (COMMON if is_sgd else {}) | wanted
+    if options.get("preset") != "paper":
+        assert run.optimizer.min_lr == run.optimizer.lr / 100
+    assert run.launch.workers == (1, source.slots)
+    assert not is_sgd or run.optimizer.decay_norms_and_biases
+
+
+def test_lips_pictures_turn_and_their_left_is_right_in_a_mirror(job):
+    run = stages_of(job("mcibi_lip"))["train"]
+    (source,) = run.sources
+    augment = source.augment
+    assert (augment.resize, augment.scale_range) == ((520, 520), (0.75, 1.25))
+    assert (augment.rotate, augment.rotate_chance, augment.keep_ratio) == (30.0, 0.6, False)
+    assert source.swap_on_flip == run.validation.swap
+    assert ("name:left arm", "name:right arm") in source.swap_on_flip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"net": "hrnet_w48", "context": "uper"}, "--context uper reads the maps of several"),
+        ({"preset": "paper", "context": "ocr"}, "method.aux_heads is empty"),
+    ],
+)
+def test_nets_and_contexts_that_do_not_fit(job, options, message):
+    with pytest.raises(ValueError, match=message):
+        stages_of(job("mcibi_ade"), **options)
+
+
+@pytest.mark.parametrize(
+    ("net", "context", "name", "stride"),
+    [
+        *((net, "aspp", "ade", 8) for net in ("resnet50", "resnet101", "resnest101")),
+        ("hrnet_w48", "aspp", "ade", 4),
+        ("hrnet_w48", "ocr", "ade", 4),
+        ("hrnet_w48", "aspp", "cityscapes", 8),
+        ("hrnet_w48", "aspp", "lip", 8),
+        ("vit_large", "aspp", "ade", 16),
+        ("swin_large", None, "ade", 4),
+        ("convnext_base", None, "ade", 4),
+        ("resnet50", "ocr", "cityscapes", 8),
+    ],
+)
+def test_every_net_gives_the_papers_stride(job, monkeypatch, net, context, name, stride):
+    """Built and run on the meta device, which holds no numbers; the weights that the hub has of the
+    net fit it by name and shape.
+    """
+    # there is no autocast of the meta device, not even one that is off
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    run = stages_of(job(f"mcibi_{name}"), net=net, context=context)["train"]
+    height, width = run.sources[0].augment.crop_size
+    with torch.device("meta"):
+        config = dataclasses.replace(run.backbone, pretrained="")
+        backbone = build_backbone(config, run.method.stages)
+        head = Network(run.method, backbone.stages, 19)
+        outputs = head(backbone(torch.zeros(2, 3, height, width, dtype=torch.uint8)))
+        whole = timm.create_model(run.backbone.name)
+    filled = [-(-side // backbone.stride) * backbone.stride for side in (height, width)]
+    assert outputs.logits.shape == (2, 19, filled[0] // stride, filled[1] // stride)
+    assert outputs.pixels.shape == (2, 512, *outputs.logits.shape[2:])
+    assert len(outputs.auxiliary) == len(run.method.aux_heads)
+    of_whole = {key.replace(".", "_"): part.shape for key, part in whole.state_dict().items()}
+    for key, part in backbone.net.state_dict().items():
+        if key != "pos_embed":  # resized
+            assert of_whole[key.replace(".", "_")] == part.shape, key
+
+
 def test_rcas_options_reach_every_stage(job, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     flags = [
@@ -193,6 +374,7 @@ def test_a_mistake_ends_in_one_line_before_anything_runs(
 LOCAL = {
     "larvseg_21k": ("",),
     "larvseg_folder": ("",),
+    "mcibi_lip": ("",),
     "pretrain_scenes": ("train.",),
     "rca_scenes": ("classifier.", "segmenter."),
 }

@@ -188,7 +188,7 @@ def paper(config: MCIBIConfig | None = None) -> MCIBIConfig:
 
 
 def released(config: MCIBIConfig | None = None) -> MCIBIConfig:
-    """`config` as the public code trains ADE20K. Its other data sets have consistency_weight 0,
-    and Cityscapes and COCO-Stuff momentum 1.
+    """`config` as the public code trains ADE20K and COCO-Stuff 164k. Its other data sets have
+    consistency_weight 0, and Cityscapes and COCO-Stuff 10k momentum 1.
     """
     return replace(config or MCIBIConfig(), consistency_norm="batch")

@@ -97,8 +97,9 @@ class MCIBI(Method):
         check_source(batch, self.classes)
         assert batch.masks is not None, "check lets no source without masks come here"
         config, source = self.config, batch.source
-        column_BHW = self._column[source][batch.masks.clamp_min(0)]
-        column_BHW = torch.where(batch.masks == IGNORE, IGNORE, column_BHW)
+        masks_BHW = self._filled(batch.masks)
+        column_BHW = self._column[source][masks_BHW.clamp_min(0)]
+        column_BHW = torch.where(masks_BHW == IGNORE, IGNORE, column_BHW)
 
         def pixel_loss(logits_BKhw: Tensor) -> Tensor:
             logits_BNhw = logits_BKhw[:, self.classes[source]]
@@ -119,9 +120,16 @@ class MCIBI(Method):
                 loss = self.net.consistency_loss()
                 losses["consistency"] = config.consistency_weight * loss  # Eq. 15, 17
             is_known_BHW = column_BHW != IGNORE
-            target_BHW = torch.where(is_known_BHW, batch.masks, IGNORE)
+            target_BHW = torch.where(is_known_BHW, masks_BHW, IGNORE)
             self.memory.propose(outputs.pixels.detach(), target_BHW, clock)  # Eq. 8 - 10
         return losses
+
+    def _filled(self, masks_BHW: Tensor) -> Tensor:
+        """Masks filled up by IGNORE to what the backbone's maps cover: a crop of 473 pixels becomes
+        60 whole positions of 8.
+        """
+        below, right = (-side % self.backbone.stride for side in masks_BHW.shape[1:])
+        return F.pad(masks_BHW, (0, right, 0, below), value=IGNORE) if below or right else masks_BHW
 
     def after_step(self, clock: Clock) -> None:
         if self.memory is not None:
@@ -139,11 +147,22 @@ class MCIBI(Method):
 
     @torch.no_grad()
     def predict(self, images: Tensor, classes: Tensor) -> DenseLogits:
-        return DenseLogits(self.net(self.backbone(images)).logits[:, classes])
+        logits = self.net(self.backbone(images)).logits[:, classes]
+        return DenseLogits(self._within(logits, images))
+
+    def _within(self, map: Tensor, images: Tensor) -> Tensor:
+        """The positions of a map that lie on the pictures: a map finer than the backbone's deepest
+        (HRNet, UPerNet) goes on beyond them, by less than one position of that.
+        """
+        sizes = zip(map.shape[-2:], images.shape[-2:])
+        deepest = self.backbone.stride
+        rows, columns = (-(-n // max(1, -(-n // deepest) * deepest // h)) for h, n in sizes)
+        return map[..., :rows, :columns]
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        return F.normalize(self.net(self.backbone(images)).pixels, dim=1)
+        pixels = self.net(self.backbone(images)).pixels
+        return F.normalize(self._within(pixels, images), dim=1)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
@@ -157,7 +176,7 @@ class MCIBI(Method):
         if self.config.memory == "features":
             codes = self.net.codes[class_ids, :, None, None]
             shown["cosine with M"] = F.cosine_similarity(outputs.pixels, codes).clamp(0, 1)
-        return shown
+        return {name: self._within(map, images) for name, map in shown.items()}
 
     def class_vectors(self) -> tuple[Tensor, Tensor] | None:
         """M of the classes that have a vector."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from memseg_dist.config import ValidationConfig
-from memseg_dist.data.augment import fitted_size, resize_image
 from memseg_dist.data.source import supervised_ids
 from memseg_dist.evaluation.sliding import Inference, segment_confident
 from memseg_dist.memory.state import Reader
@@ -47,6 +46,6 @@ class CheckpointModel:
         usual = self.checkpoint.config.validation or ValidationConfig(path="")
         inference = Inference.of(usual, self.label_space.vocabulary)
         size, ids = (image.shape[-2], image.shape[-1]), classes.to(self.device)
-        small = resize_image(image, fitted_size(*size, inference.resize)).to(self.device)
+        small = inference.fitted(image).to(self.device)
         with evaluation_mode(self.method):
             return segment_confident(self.method.predict, small, ids, inference, size)
