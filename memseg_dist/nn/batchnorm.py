@@ -118,7 +118,7 @@ def commit_statistics(module: nn.Module) -> None:
     counts = torch.tensor(passes).to(sums[0].device, non_blocking=True)
     flat = dist.all_reduce_sum(torch.cat([counts, *sums]))
     totals = flat[len(layers) :].split([part.numel() for part in sums])
-    for layer, count, total in zip(layers, flat, totals):
+    for layer, count, total in zip(layers, flat[: len(layers)], totals):
         old = torch.stack([layer.running_mean, layer.running_var])
         # a layer that no slot trained (frozen, or of another source) stays as it is
         mean = torch.where(count > 0, total.view(2, -1) / count.clamp_min(1), old)
