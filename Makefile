@@ -47,10 +47,12 @@ format: setup ## Rewrite the code as the linter wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Time and bytes of the banks, of k-means and of the weak losses
+bench: setup ## Time and bytes of the banks, of k-means, of the weak losses and of MCIBI's parts
 	$(BIN)/python benchmarks/bank.py
 	$(BIN)/python benchmarks/contrast.py
 	$(BIN)/python benchmarks/kmeans.py --minutes 2
+	$(BIN)/python benchmarks/feature_memory.py
+	$(BIN)/python benchmarks/complexity.py --size 32
 	$(BIN)/python benchmarks/weak_loss.py
 
 clean: ## Remove what the demo and the tests made (not .venv)

@@ -32,9 +32,10 @@ class MapAttention(nn.Module):
         """queries: [B, dim, h, w]; keys: [B, dim, ...], of any size. Gives the queries' shape."""
         size = queries.shape[-2:]
         query_BNd, key_BMd, value_BMd = (
-            map.flatten(2).mT for map in (self.query(queries), self.key(keys), self.value(keys))
+            map.flatten(2).mT.contiguous()
+            for map in (self.query(queries), self.key(keys), self.value(keys))
         )
-        # the fused kernels want an axis of heads
+        # the fused kernels want an axis of heads and channels side by side, or keep [N x N]
         mixed_BNd = F.scaled_dot_product_attention(
             query_BNd[:, None], key_BMd[:, None], value_BMd[:, None]
         )[:, 0]
