@@ -18,7 +18,6 @@ from pathlib import Path
 import measure
 import numpy as np
 import torch
-from reference import larvseg as reference
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,6 +27,9 @@ from memseg_dist.methods.larvseg.classifier import CosineClassifier
 from memseg_dist.methods.larvseg.config import LarvSegConfig
 from memseg_dist.methods.larvseg.method import LarvSeg
 from memseg_dist.nn.backbone import BackboneConfig, build_backbone
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from reference import larvseg as reference
 
 VOCABULARIES = (171, 847, 21_841)
 DIM, CROP, STRIDE = 768, 320, 16
@@ -43,8 +45,8 @@ class Features(nn.Module):
         super().__init__()
         self.features = nn.Parameter(features)
 
-    def forward(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        return self.features
+    def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor]:
+        return (self.features,)
 
 
 def batch(device: str) -> Batch:
@@ -61,8 +63,8 @@ def build(num_classes: int, device: str) -> LarvSeg:
     classes = {"weak": np.arange(num_classes)}
     method = LarvSeg(Features(features), classifier, config, classes=classes, device=device)
     method.to(device)
-    method.memory.means[:WARM] = torch.randn(WARM, DIM, device=device) * DIM**-0.5
-    method.memory.counts[:WARM] = config.capacity
+    method.memory.read.means[:WARM] = torch.randn(WARM, DIM, device=device) * DIM**-0.5
+    method.memory.read.counts[:WARM] = config.capacity
     return method
 
 
@@ -81,14 +83,14 @@ def naive(num_classes: int, device: str) -> dict:
     low, size = (CROP // STRIDE,) * 2, CROP // 2
     memory = reference.PixelMemory(1)
     for class_id in range(WARM):  # one event of one vector: the same means as ours
-        memory.enqueue(class_id, method.memory.means[class_id][None])
+        memory.enqueue(class_id, method.memory.read.means[class_id][None])
     valid = torch.ones(2, size, size, dtype=torch.bool, device=device)
     positions = torch.ones(2, low[0] * low[1], dtype=torch.bool, device=device)
 
     def step() -> None:
         method.zero_grad()
         weight = method.classifier.class_weights(torch.arange(num_classes, device=device))
-        x = method.classifier.embed(method.backbone(inputs.images))
+        x = method.classifier.embed(*method.backbone(inputs.images))
         losses = reference.weak_losses(
             x, weight, method.classifier.gamma, [list(ids) for ids in LABELS], valid, positions,
             low, memory, warm_up=1, peak_threshold=0.05, distance_threshold=1.0,
