@@ -92,9 +92,9 @@ class PaperOptions(JobOptions):
 
     net: NetName = "resnet50"
     """The backbone; swin_large and convnext_base are not in the paper."""
-    context: ContextKind | None = None
-    """Context within the image; by default aspp (DeepLabV3), and uper with the nets that are not in
-    the paper."""
+    context: Literal["auto"] | ContextKind = "auto"
+    """Context within the image; auto: aspp (DeepLabV3), and uper with the nets that are not in the
+    paper."""
     baseline: bool = False
     """The same segmenter without the memory."""
     preset: Preset = "decided"
@@ -162,7 +162,7 @@ def mcibi_run(
 def _method(
     options: PaperOptions, released_changes: Mapping[str, Any], net: Net, changes: Mapping[str, Any]
 ) -> MCIBIConfig:
-    context = options.context or net.context
+    context = net.context if options.context == "auto" else options.context
     fields = {**net.method, **changes}
     if fields.get("pixels") == "all" and context == "uper":
         raise ValueError(

@@ -302,8 +302,8 @@ def test_nets_and_contexts_that_do_not_fit(job, options, message):
         ("hrnet_w48", "aspp", "cityscapes", 8),
         ("hrnet_w48", "aspp", "lip", 8),
         ("vit_large", "aspp", "ade", 16),
-        ("swin_large", None, "ade", 4),
-        ("convnext_base", None, "ade", 4),
+        ("swin_large", "auto", "ade", 4),
+        ("convnext_base", "auto", "ade", 4),
         ("resnet50", "ocr", "cityscapes", 8),
     ],
 )
