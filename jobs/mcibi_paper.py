@@ -6,8 +6,8 @@ meant for GPUs of 80 GB, and any number of workers shares them. For smaller ones
 bf16 and --engine.activation-checkpointing, or more slots of fewer images, --sources.0.slots 8
 --sources.0.batch-per-slot 2, whose BatchNorm sees two.
 
-Presets: "decided" and "released" decay the rate to 1 % of its start, "paper" to 0. "released" is
-the public code's method, not its release: the nets' layers, weights and tests are ours.
+The presets are of the method (methods/mcibi/config.py), and "paper" decays the rate to 0, the other
+two to 1 % of its start. Nets, their weights and the way of testing are the same in all three.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class PaperOptions(JobOptions):
 
     net: NetName = "resnet50"
     """The backbone; swin_large and convnext_base are not in the paper."""
-    context: ContextKind | None = None
-    """Context within the image; by default aspp (DeepLabV3), and uper with the nets that are not in
-    the paper."""
+    context: Literal["auto"] | ContextKind = "auto"
+    """Context within the image; auto: aspp (DeepLabV3), and uper with the nets that are not in the
+    paper."""
     baseline: bool = False
     """The same segmenter without the memory."""
     preset: Preset = "decided"
@@ -162,7 +162,7 @@ def mcibi_run(
 def _method(
     options: PaperOptions, released_changes: Mapping[str, Any], net: Net, changes: Mapping[str, Any]
 ) -> MCIBIConfig:
-    context = options.context or net.context
+    context = net.context if options.context == "auto" else options.context
     fields = {**net.method, **changes}
     if fields.get("pixels") == "all" and context == "uper":
         raise ValueError(
@@ -181,9 +181,15 @@ def _method(
 
 def scene_validation(path: str, options: PaperOptions, *, slide: bool) -> ValidationConfig:
     """Of ADE20K and COCO-Stuff: the shortest side is 512; a ViT, or `slide`, looks at windows."""
-    views = ValidationConfig(path, resize=(2048, 512), window=512, stride=341)
-    mode: Literal["slide", "whole"] = "slide" if slide or options.net == "vit_large" else "whole"
-    return with_views(replace(views, mode=mode), options)
+    is_sliding = slide or options.net == "vit_large"
+    validation = ValidationConfig(
+        path,
+        mode="slide" if is_sliding else "whole",
+        resize=(2048, 512),
+        window=512,
+        stride=341,
+    )
+    return with_views(validation, options)
 
 
 def with_views(validation: ValidationConfig, options: PaperOptions) -> ValidationConfig:

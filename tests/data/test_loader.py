@@ -308,6 +308,9 @@ def test_a_corrupt_sample_is_named_or_blanked(tmp_path):
     assert not batch.images[place].any()
     assert (batch.masks[place] == IGNORE).all()
     assert batch.valid.any(2).any(1).sum() == 2
+    wide = replace(source, on_corrupt="skip", augment=replace(source.augment, crop=(16, 40)))
+    batch = one_batch(wide)
+    assert batch.skipped == 1 and batch.images.shape[-2:] == batch.masks.shape[-2:] == (16, 40)
 
 
 def test_a_truncated_jpeg_is_named(tmp_path):

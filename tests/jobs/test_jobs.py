@@ -167,8 +167,9 @@ def test_rca_has_the_papers_settings(job):
 COMMON = {"optimizer.kind": "sgd", "optimizer.momentum": 0.9, "optimizer.power": 0.9}
 ADE = {
     "method.context": "aspp", "method.memory": "features", "method.consistency_weight": 1.0,
-    "method.momentum": 0.9, "optimizer.lr": 0.01, "optimizer.weight_decay": 5e-4, "crop": (512, 512),
-    "slots": (2, 8), "steps": 130 * 20_210 // 16, "backbone.name": "resnet50c.gluon_in1k",
+    "method.momentum": 0.9, "optimizer.lr": 0.01, "optimizer.weight_decay": 5e-4,
+    "crop": (512, 512), "slots": (2, 8), "steps": 130 * 20_210 // 16,
+    "backbone.name": "resnet50c.gluon_in1k",
     "backbone.output_stride": 8, "validation.mode": "whole", "validation.resize": (2048, 512),
     "validation.scales": (1.0,), "validation.flip": False,
 }  # fmt: skip
@@ -301,8 +302,8 @@ def test_nets_and_contexts_that_do_not_fit(job, options, message):
         ("hrnet_w48", "aspp", "cityscapes", 8),
         ("hrnet_w48", "aspp", "lip", 8),
         ("vit_large", "aspp", "ade", 16),
-        ("swin_large", None, "ade", 4),
-        ("convnext_base", None, "ade", 4),
+        ("swin_large", "auto", "ade", 4),
+        ("convnext_base", "auto", "ade", 4),
         ("resnet50", "ocr", "cityscapes", 8),
     ],
 )

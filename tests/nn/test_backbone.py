@@ -136,6 +136,29 @@ def test_a_shallow_stage_alone_is_the_same_map(config):
     assert features.shape[-2:] == (-(-50 // stride), -(-70 // stride))
 
 
+def test_hrnets_branches_as_they_are():
+    config = tiny("hrnet_w18_small", feature_location="")
+    backbone = build_backbone(config, (-4, -3, -2, -1))
+    assert [(s.dim, s.stride) for s in backbone.stages] == [(16, 4), (32, 8), (64, 16), (128, 32)]
+    assert [map.shape[1:] for map in backbone(images(64, 96))] == [
+        (16, 16, 24), (32, 8, 12), (64, 4, 6), (128, 2, 3),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="feature_location"):
+        build_backbone(tiny("vit_tiny_patch16_224", feature_location=""))
+
+
+def test_the_file_of_an_hrnet_fills_its_branches(tmp_path):
+    path = tmp_path / "model.safetensors"
+    torch.manual_seed(1)
+    whole = timm.create_model("hrnet_w18_small")
+    save_file(whole.state_dict(), path)
+    config = dataclasses.replace(tiny("hrnet_w18_small", feature_location=""), pretrained=str(path))
+    net = build_backbone(config, (-1,)).net
+    assert torch.equal(net.conv1.weight, whole.conv1.weight)
+    last = "stage4.0.fuse_layers.3.2.0.0.weight"
+    assert torch.equal(net.state_dict()[last], whole.state_dict()[last])
+
+
 def test_every_map_of_a_vit_goes_through_the_final_norm():
     backbone = build_backbone(TINY_VIT, (0, 1)).eval()
     backbone.net.norm.weight.data.uniform_(1, 2)
