@@ -13,8 +13,8 @@ passes of all slots of all ranks.
 
 Only what runs inside `recording` counts: not a preview, not evaluation, not what activation
 checkpointing computes again during the backward pass. It works on any BatchNorm class (timm's fused
-ones too): the layer's own momentum becomes 0, so its running statistics stay put, and a hook keeps
-the statistics of each forward pass beside it.
+ones too): the layer's own momentum is 0, so its running statistics stay put, but for a recorded
+pass it writes to others, which hooks keep beside it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class SlotStatistics:
 
     slot: the slot that is recorded now. stream: the name of the stream that is left out now.
     seen: slot -> the [2, C] mean and variance of each of its forward passes. left_out: stream ->
-    the number of its forward passes, over all commits.
+    the number of its forward passes, over all commits. running: the layer's running statistics
+    while a pass is recorded that must not move them.
     """
 
     momentum: float
@@ -46,6 +47,7 @@ class SlotStatistics:
     stream: str | None = None
     seen: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     left_out: Counter[str] = field(default_factory=Counter)
+    running: tuple[Tensor, Tensor] | None = None
 
 
 def record_batchnorm(module: nn.Module) -> nn.Module:
@@ -60,7 +62,8 @@ def record_batchnorm(module: nn.Module) -> nn.Module:
                 )
             layer.slot_statistics = SlotStatistics(layer.momentum)  # type: ignore[assignment]
             layer.momentum = 0.0
-            layer.register_forward_pre_hook(_record)
+            layer.register_forward_pre_hook(_before)
+            layer.register_forward_hook(_after, always_call=True)
     return module
 
 
@@ -145,17 +148,28 @@ def _setting(module: nn.Module, name: str, value: int | str | None) -> Iterator[
             setattr(statistics, name, old)
 
 
-@torch.no_grad()
-def _record(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+    """Give the layer statistics to write to that are this pass's alone: BatchNorm computes them
+    anyway, and with momentum 1 it keeps nothing else.
+    """
     statistics: SlotStatistics = layer.slot_statistics
     if not layer.training or statistics.slot is None:
         return
     if statistics.stream is not None:
         statistics.left_out[statistics.stream] += 1
         return
-    (input,) = arguments
-    axes = [axis for axis in range(input.ndim) if axis != 1]
-    count = input.numel() // input.shape[1]
-    variance, mean = torch.var_mean(input.float(), dim=axes, correction=0)
-    unbiased = variance * (count / max(count - 1, 1))  # what BatchNorm keeps
-    statistics.seen[statistics.slot].append(torch.stack([mean, unbiased]))
+    statistics.running = (layer.running_mean, layer.running_var)
+    layer.running_mean, layer.running_var = map(torch.zeros_like, statistics.running)
+    layer.momentum = 1.0
+
+
+def _after(layer: Any, arguments: tuple[Tensor, ...], output: Tensor | None) -> None:
+    statistics: SlotStatistics = layer.slot_statistics
+    if statistics.running is None:
+        return
+    assert statistics.slot is not None
+    found = torch.stack([layer.running_mean, layer.running_var])
+    layer.running_mean, layer.running_var = statistics.running
+    layer.momentum, statistics.running = 0.0, None
+    if output is not None:  # None: the forward pass has failed
+        statistics.seen[statistics.slot].append(found)
