@@ -251,7 +251,8 @@ def test_an_export_to_a_url_fails_before_the_first_stage(folder):
 
 
 def test_pseudo_labels_without_a_known_pixel_stop_the_pipeline(folder, capsys):
-    nothing = ActivationLabeller(fusion=FusionConfig(use_crf=False, min_foreground=1.0))
+    strict = FusionConfig(use_crf=False, conflict=0.0, min_foreground=1.0)
+    nothing = ActivationLabeller(fusion=strict)
     with pytest.raises(ValueError, match=r"every pixel of the pseudo labels in .* is unknown"):
         run_stages(labelling(labeller=nothing))
     assert (folder / "runs/single/labels/index.parquet").exists()

@@ -164,7 +164,7 @@ def test_one_image_per_slot_under_a_pooled_branch(data):
 def test_a_stage_that_the_backbone_lacks(data):
     config = run_config(data)
     method = replace(config.method, stages=(1, 99))
-    refused(replace(config, method=method), r"stages \(1, 99\) of backbone 'test_vit'")
+    refused(replace(config, method=method), r"stages \(1, 99\) of backbone 'vit_tiny")
 
 
 def test_a_head_that_needs_more_stages(data):
