@@ -14,6 +14,7 @@ figures in docs/results.md are of CamVid's 11 classes); --weights: tf_efficientn
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -43,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "jobs"))
 
 NO_RCL = {"consistency_weight": 0.0}
+RCL_FROM = {"consistency_epochs": 0.1}
+"""The paper has it from the start; a memory is then a few steps old."""
 CONTEXTS = {"FCN": "none", "PSPNet": "ppm", "OCRNet": "ocr", "DeepLabV3": "aspp"}
 CONTROLS = {
     "": {},
@@ -57,7 +60,7 @@ CONTROLS = {
 def variants(name: str, *, controls: bool) -> dict[str, dict]:
     """A segmenter, with MCIBI (memory and RCL), and with the memory alone or a control of it."""
     plain = {"context": CONTEXTS[name]}
-    found = {name: plain | {"memory": "off"}, f"{name} + MCIBI": plain}
+    found = {name: plain | {"memory": "off"}, f"{name} + MCIBI": plain | RCL_FROM}
     if controls:
         found[f"{name} + memory"] = plain | NO_RCL
         found |= {name + what: plain | NO_RCL | change for what, change in CONTROLS.items() if what}
@@ -185,10 +188,23 @@ def main(study: Study) -> None:
     prepare(study)
     names = study.variants or tuple(study.known)
     kind = "scenes" if study.pictures is None else "pictures"
+    study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
+    check_inputs(study)
     todo = [(study, variant, seed) for seed in study.seeds for variant in names]
-    file = study.storage / f"{kind}-{study.steps}-steps.jsonl"
+    file = study.storage / "results.jsonl"
     rows = run_all(train, todo, file, study.processes)
     show([row for row in rows if row["seed"] in study.seeds], names, f"{kind}, {study.steps} steps")
+
+
+def check_inputs(study: Study) -> None:
+    """ValueError where results of other data or weights lie."""
+    study.storage.mkdir(parents=True, exist_ok=True)
+    names = ("data", "backbone") if study.pictures is None else ("pictures", "weights")
+    inputs = json.dumps({name: str(getattr(study, name).resolve()) for name in names})
+    file = study.storage / "inputs.json"
+    if file.exists() and file.read_text() != inputs:
+        raise ValueError(f"{study.storage} has results of {file.read_text()}; give --storage")
+    file.write_text(inputs)
 
 
 def show(rows: list[Row], names: tuple[str, ...], title: str) -> None:

@@ -31,7 +31,7 @@ from memseg_dist.pipeline import JobOptions, main
 from memseg_dist.stages import Stage
 from memseg_dist.tools.shipped import recipe
 
-METHOD = MCIBIConfig(dim=64, rates=(2, 4, 6), stages=(-2, -1), consistency_epochs=0.5)
+METHOD = MCIBIConfig(dim=64, rates=(2, 4, 6), stages=(-2, -1), consistency_epochs=0.1)
 """Narrow heads, dilations that fit maps of 12 x 12 positions, and runs of a few epochs."""
 
 

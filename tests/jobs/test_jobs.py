@@ -285,7 +285,6 @@ def test_lips_pictures_turn_and_their_left_is_right_in_a_mirror(job):
     ("options", "message"),
     [
         ({"net": "hrnet_w48", "context": "uper"}, "--context uper reads the maps of several"),
-        ({"preset": "paper", "context": "ocr"}, "method.aux_heads is empty"),
     ],
 )
 def test_nets_and_contexts_that_do_not_fit(job, options, message):

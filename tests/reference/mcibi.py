@@ -47,9 +47,11 @@ def transform(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return sum(weight / total * r for weight, r in pairs)
 
 
-def momentum_at(step: int, num_steps: int, start: float = 0.9, power: float = 0.9) -> float:
-    """Eq. 7."""
-    return (1 - step / num_steps) ** power * (start - start / 100) + start / 100
+def momentum_at(
+    step: int, num_steps: int, start: float = 0.9, power: float = 0.9, floor: float = 0.01
+) -> float:
+    """Eq. 7, where the floor is 1 / 100."""
+    return (1 - step / num_steps) ** power * (start - start * floor) + start * floor
 
 
 def updated(old: Tensor, new: Tensor, momentum: float) -> Tensor:

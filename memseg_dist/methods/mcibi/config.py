@@ -37,9 +37,10 @@ class MCIBIConfig(MethodConfig):
     """What the heads read: the map of the last of the stages, or all of them at the size of the
     first (HRNetV2)."""
     downsample: bool = False
-    """One more convolution of stride 2 before the heads, as for HRNet on Cityscapes and LIP."""
-    dim: int | None = 512
-    """C, channels of pixel representations and memory; None: those of the backbone's map."""
+    """One more convolution of stride 2 on the joined map of `pixels` all, for HRNet on
+    Cityscapes and LIP."""
+    dim: int = 512
+    """C, channels of pixel representations, memory and heads."""
     dropout: float = 0.1
     transform_layers: int = 2
     """1 x 1 convolutions in g_q and g_k."""
@@ -107,6 +108,11 @@ class MCIBIConfig(MethodConfig):
         require(
             fits and len(places) == len(self.aux_heads), "method.aux_heads", self.aux_heads, wanted
         )
+        if self.downsample and self.pixels != "all":
+            raise ValueError(
+                "method.downsample halves the joined map of method.pixels 'all', and that is "
+                f"{self.pixels!r}; give the backbone a larger output_stride instead"
+            )
         if self.context == "ocr" and not self.aux_heads:
             raise ValueError(
                 "method.context 'ocr' reads its object regions from an auxiliary head, and "
@@ -165,7 +171,7 @@ class MCIBIConfig(MethodConfig):
         count = min(len(self.stages), 2)
         return replace(
             self,
-            dim=min(self.dim or 32, 32),
+            dim=min(self.dim, 32),
             stages=tuple(range(-count, 0)),
             aux_heads=(0,) if self.aux_heads else (),
             consistency_epochs=0.0,
@@ -174,14 +180,17 @@ class MCIBIConfig(MethodConfig):
 
 
 def paper(config: MCIBIConfig | None = None) -> MCIBIConfig:
-    """`config` with every choice that `method` lists as the paper's text has it."""
+    """`config` with every choice that has a flag as the paper's text has it. C stays 512: the paper
+    says the backbone's width, but the sizes in its Table 3 are those of 512. OCRNet keeps the
+    auxiliary head that its regions come from.
+    """
+    config = config or MCIBIConfig()
     return replace(
-        config or MCIBIConfig(),
-        dim=None,
+        config,
         transform_layers=1,
         context_fusion="concat",
         consistency_epochs=0.0,
-        aux_heads=(),
+        aux_heads=config.aux_heads[-1:] if config.context == "ocr" else (),
         first_vector="pixel",
         seg_denominator="all",
     )

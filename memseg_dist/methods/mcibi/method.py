@@ -13,12 +13,13 @@ FCN, PSPNet, DeepLabV3, OCRNet and UPerNet are the same class with `memory="off"
 tell what the memory's content is worth have the same graph and other codes: `memory`.
 
 Where the paper is silent or differs from its official code, the decision, and the flag that gives
-the other behaviour (`config.paper()` and `config.released()` set them all):
+the other behaviour (`config.paper()` and `config.released()` set those that have one):
 
- 1  R has 512 channels, by a 3 x 3 convolution of the backbone's map                    `dim`
+ 1  R is a 3 x 3 convolution of the backbone's map, to 512 channels                      `dim`
  2  g_q and g_k are two convolutions each                                   `transform_layers`
  3  C_wi is read by a second attention, then fused; the paper joins it        `context_fusion`
- 4  a class's first vector is the mean of its pixels in one step                `first_vector`
+ 4  a class's first vector is the mean of its pixels in one step. "pixel": one of each slot of that
+    step, not of the training set; "cluster": our way, of classes seen early      `first_vector`
  5  momentum starts at 0.9 and has a schedule of its own, bound to no learning rate   `momentum`
  6  representation consistent learning begins with the third epoch        `consistency_epochs`
  7  H2 normalises M by its running statistics; the code by M's own, and moves them by it
@@ -27,12 +28,15 @@ the other behaviour (`config.paper()` and `config.released()` set them all):
  9  an auxiliary head on the stage before the last, for the baselines too; it is the same for a
     ViT, where the code's enlarge 4 times                                            `aux_heads`
 10  pixels without a label count in no mean                                  `seg_denominator`
-11  a class without a vector adds nothing to C'_bi and nothing to Eq. 17
+11  a class without a vector adds nothing to C'_bi and nothing to Eq. 17; the softmax of W is over
+    the classes that some source has masks of, not over all of the label space
 12  one update for all slots of a step, after its backward pass, of summed statistics: the code
     averages the banks of its GPUs, so that a class on one of eight moves an eighth as fast, and
     overwrites M before the backward pass that still reads it
 13  1 - cos + 1e-6 in Eq. 10: a single pixel that equals its vector has a weight
 14  BatchNorm normalises within a slot, not over all GPUs: give a slot 8 images, not 2
+15  a ViT's stages share its final norm (the code: one each); R is enlarged to UPerNet's map, which
+    has the size of the first stage's; OCRNet with memory has no published code
 
 Shape letters: B images of the slot, H x W pixels, h x w positions, C channels of R, K classes of
 the label space, N of the source.
@@ -79,7 +83,8 @@ class MCIBI(Method):
     ) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
-        self.net = Network(config, backbone.stages, num_classes)
+        trained = torch.from_numpy(np.unique(np.concatenate([*classes.values()])))
+        self.net = Network(config, backbone.stages, num_classes, trained)
         self.classes, self._column = {}, {}
         for name, ids in classes.items():
             self.classes[name] = torch.as_tensor(ids, dtype=torch.int64, device=device)
@@ -97,15 +102,16 @@ class MCIBI(Method):
         check_source(batch, self.classes)
         assert batch.masks is not None, "check lets no source without masks come here"
         config, source = self.config, batch.source
-        masks_BHW = self._filled(batch.masks)
+        masks_BHW, num_pixels = self._filled(batch.masks), batch.masks.numel()
         column_BHW = self._column[source][masks_BHW.clamp_min(0)]
         column_BHW = torch.where(masks_BHW == IGNORE, IGNORE, column_BHW)
 
         def pixel_loss(logits_BKhw: Tensor) -> Tensor:
             logits_BNhw = logits_BKhw[:, self.classes[source]]
-            return pixel_cross_entropy(
-                logits_BNhw, None, column_BHW, denominator=config.seg_denominator
-            )
+            divide_by = config.seg_denominator
+            loss = pixel_cross_entropy(logits_BNhw, None, column_BHW, denominator=divide_by)
+            # "all" are the pixels of the crop, without those that it was filled up by
+            return loss if divide_by == "valid" else loss * (masks_BHW.numel() / num_pixels)
 
         outputs = self.net(self.backbone(batch.images, batch.valid))
         losses = {"seg": pixel_loss(outputs.logits)}  # Eq. 18
@@ -199,5 +205,5 @@ class MCIBI(Method):
     def charts(self) -> dict[str, Tensor]:
         if self.memory is None:
             return {}
-        updates_K = self.memory.rows.updates.double().cpu()
-        return {"memory/updates per class": updates_K}
+        slots_K = self.memory.rows.updates.double().cpu()
+        return {"memory/slots with its pixels per class": slots_K}

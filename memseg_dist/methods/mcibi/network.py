@@ -64,12 +64,16 @@ class DatasetContext(nn.Module):
         if config.fusion == "weighted_add":
             self.weigh = nn.Conv2d(2 * dim, 2, 1)
 
-    def forward(self, pixels_BChw: Tensor, codes_KC: Tensor | None) -> tuple[Tensor, Tensor]:
-        """codes: one vector per class; None: R stands for C'_bi (non-local attention).
+    def forward(
+        self, pixels_BChw: Tensor, codes_KC: Tensor | None, is_trained_K: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """codes: one vector per class; None: R stands for C'_bi (non-local attention). is_trained:
+        bool, the classes that a source has; W gives the others nothing: no loss calibrates them.
 
-        Returns the fused map [B, C, h, w] and W's logits [B, K, h, w].
+        Returns the fused map [B, C, h, w] and W's logits [B, K, h, w], -inf where untrained.
         """
         logits_BKhw = self.classify(pixels_BChw)  # Eq. 11
+        logits_BKhw = logits_BKhw.masked_fill(~is_trained_K[:, None, None], -torch.inf)
         gathered_BChw = pixels_BChw
         if codes_KC is not None:
             logits = logits_BKhw.detach() if self.config.detach_weights else logits_BKhw
@@ -106,24 +110,36 @@ class Outputs:
 
 
 class Network(nn.Module):
-    """Everything behind the backbone. ValueError for settings that do not fit its stages."""
+    """Everything behind the backbone. ValueError for settings that do not fit its stages.
+
+    trained: the label-space ids that a source has masks of; None: all.
+    """
 
     codes: Tensor
     is_set: Tensor
+    is_trained: Tensor
 
     def __init__(
-        self, config: MCIBIConfig, stages: Sequence[FeatureStage], num_classes: int
+        self,
+        config: MCIBIConfig,
+        stages: Sequence[FeatureStage],
+        num_classes: int,
+        trained: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        is_trained_K = torch.full((num_classes,), trained is None)
+        if trained is not None:
+            is_trained_K[trained] = True
+        self.register_buffer("is_trained", is_trained_K, persistent=False)
         if config.pixels == "all" and len(stages) < 2:
             raise ValueError(
                 "method.pixels 'all' joins the maps of several stages, and method.stages "
                 f"{config.stages} asks for one; give two or more"
             )
         width = sum(s.dim for s in stages) if config.pixels == "all" else stages[-1].dim
-        dim = config.dim or width
-        self.dim, dropout = dim, config.dropout
+        self.dim = dim = config.dim
+        dropout = config.dropout
         self.down = None
         if config.downsample:
             self.down = Conv2dNormActivation(width, width, 3, stride=2)
@@ -187,7 +203,8 @@ class Network(nn.Module):
         if context is not None:
             pixels = upsample(pixels, context.shape[-2:])  # UPerNet's is finer
         kind = self.config.memory
-        fused, distribution = self.dataset(pixels, None if kind == "image" else self.codes)
+        codes = None if kind == "image" else self.codes
+        fused, distribution = self.dataset(pixels, codes, self.is_trained)
         if context is not None:
             fused = self._with_context(pixels, fused, context)  # Eq. 4
         return Outputs(pixels, self.classify(fused), distribution, auxiliary)  # Eq. 5
@@ -206,9 +223,10 @@ class Network(nn.Module):
         by_running = self.config.consistency_norm == "running"
         vectors_KC11 = self.codes.detach()[:, :, None, None]
         logits_KK = self.classify(vectors_KC11, by_running_statistics=by_running)[:, :, 0, 0]
+        logits_KK = logits_KK.masked_fill(~self.is_trained, -torch.inf)
         classes_K = torch.arange(len(logits_KK), device=logits_KK.device)
         loss_K = F.cross_entropy(logits_KK, classes_K, reduction="none")
-        return (loss_K * self.is_set).sum() / self.is_set.sum().clamp_min(1)
+        return loss_K.where(self.is_set, 0.0).sum() / self.is_set.sum().clamp_min(1)
 
 
 def _plain_head(in_dim: int, dim: int, num_classes: int, dropout: float) -> nn.Sequential:

@@ -8,7 +8,8 @@ the pixel's cell, so
     |r_p|^2    = sum_ij u_pi u_pj <f_i, f_j>                5 maps [N]: itself and its neighbours
     sum_p w_p r_p = sum_j (sum_p w_p u_pj) f_j              a map [K, N] of weights
 
-Beside [K, N] nothing is larger than a few numbers per pixel, and nothing waits for the device.
+Beside [K, N] nothing is larger than a few numbers per pixel of one image, and nothing waits for the
+device. On CUDA `index_add_` adds in no fixed order: sums agree to rounding from run to run.
 
 Shape letters: B images, C channels, K classes, H x W pixels, P of one image, h x w positions, N of
 one image.
@@ -54,28 +55,26 @@ def class_sums(
     from torch's generator and 0 for the others. For the T of one slot divide the two.
     """
     num_classes, (height, width) = len(memory_KC), features_BChw.shape[-2:]
-    is_known_BHW = target_BHW != IGNORE
-    class_BHW = target_BHW.clamp_min(0)
-    first_BHW = is_known_BHW.to(features_BChw.dtype)
+    first_BHW = target_BHW != IGNORE
     if random_pixel:
-        first_BHW = first_BHW * _one_per_class(class_BHW, is_known_BHW, num_classes)
+        first_BHW = _one_per_class(target_BHW, num_classes)
     direction_KC = F.normalize(memory_KC, dim=1)
     corners = bilinear_corners((height, width), target_BHW.shape[1:], features_BChw)
     sums_KC, sums_K = torch.zeros_like(memory_KC), torch.zeros_like(memory_KC[:, 0])
-    for features_Chw, class_HW, known_HW, first_HW in zip(
-        features_BChw, class_BHW, is_known_BHW, first_BHW
-    ):
-        features_CN = features_Chw.flatten(1)
-        class_P, weight_P = class_HW.flatten(), first_HW.flatten()
+    for features_Chw, target_HW, first_HW in zip(features_BChw, target_BHW, first_BHW):
+        features_CN, target_P = features_Chw.flatten(1), target_HW.flatten()
+        class_P, weight_P = target_P.clamp_min(0), first_HW.flatten().to(features_CN.dtype)
         start_P = class_P * (height * width)
         if weighting == "cosine":
             dots_X = (direction_KC @ features_CN).flatten()
             dot_P = sum(share * dots_X[start_P + index] for index, share in corners)
             cosine_P = dot_P / squared_norms(features_Chw, corners).sqrt().clamp_min(1e-12)
-            far_P = (1 - cosine_P + EPS) * known_HW.flatten()
+            # rounding may put a cosine above 1
+            far_P = ((1 - cosine_P).clamp_min(0) + EPS) * (target_P != IGNORE)
             weight_P = torch.where(is_set_K[class_P], far_P, weight_P)
         elif random_pixel:
-            weight_P = torch.where(is_set_K[class_P], known_HW.flatten().to(weight_P), weight_P)
+            known_P = (target_P != IGNORE).to(weight_P.dtype)
+            weight_P = torch.where(is_set_K[class_P], known_P, weight_P)
         weight_X = features_CN.new_zeros(num_classes * height * width)
         for index, share in corners:
             weight_X.index_add_(0, start_P + index, weight_P * share)
@@ -138,10 +137,10 @@ def squared_norms(features_Chw: Tensor, corners: tuple[Corner, Corner, Corner, C
     return (squares + 2 * pairs).clamp_min(0)
 
 
-def _one_per_class(class_BHW: Tensor, is_known_BHW: Tensor, num_classes: int) -> Tensor:
-    """1 at one pixel of each class, drawn uniformly, and 0 elsewhere: [B, H, W]."""
-    draw = torch.rand(class_BHW.shape, dtype=torch.float64, device=class_BHW.device)
-    draw_X = torch.where(is_known_BHW, draw, -1.0).flatten()
-    most_K = draw_X.new_full((num_classes,), -1.0)
-    most_K.scatter_reduce_(0, class_BHW.flatten(), draw_X, "amax")
-    return ((draw_X == most_K[class_BHW.flatten()]) & (draw_X >= 0)).view(class_BHW.shape)
+def _one_per_class(target_BHW: Tensor, num_classes: int) -> Tensor:
+    """True at one pixel of each class, drawn uniformly: bool [B, H, W]."""
+    draw = torch.rand(target_BHW.shape, dtype=torch.float64, device=target_BHW.device)
+    draw_X = torch.where(target_BHW == IGNORE, -1.0, draw).flatten()
+    class_X = target_BHW.clamp_min(0).flatten()
+    most_K = draw_X.new_full((num_classes,), -1.0).scatter_reduce_(0, class_X, draw_X, "amax")
+    return ((draw_X == most_K[class_X]) & (draw_X >= 0)).view(target_BHW.shape)

@@ -88,7 +88,7 @@ def test_families_and_contexts(family, context):
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_backbones(name):
     backbone, changes, stride = PAPER[name]
-    method = train_and_predict(backbone, stride, **changes)
+    method = train_and_predict(backbone, stride, context="aspp", **changes)
     if name == "hrnet_w48":
         assert [stage.dim for stage in method.backbone.stages] == [48, 96, 192, 384]
 
@@ -155,8 +155,8 @@ def test_a_scored_class_that_no_source_has(data):
 def test_one_image_per_slot_under_a_pooled_branch(data):
     config = run_config(data)
     alone = (replace(config.sources[0], batch_per_slot=1),)
-    for context in ("ppm", "aspp"):
-        method = replace(config.method, context=context)
+    for context in ("ppm", "aspp", "uper"):
+        method = replace(config.method, context=context, stages=(-2, -1))
         refused(replace(config, sources=alone, method=method), "batch_per_slot 1.*use 2 or more")
     build_method(replace(config, sources=alone), build_label_space(config))
 

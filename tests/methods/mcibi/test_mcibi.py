@@ -16,14 +16,14 @@ from memseg_dist.methods.mcibi.memory import FeatureMemory
 from memseg_dist.methods.mcibi.method import MCIBI
 
 SIZE, GRID, DIM, NUM_CLASSES, NUM_STEPS = 8, 4, 6, 5, 12
-SMALL = MCIBIConfig(dim=DIM, dropout=0.0, stages=(-1,), aux_heads=(0,), consistency_epochs=0.5)
+SMALL = MCIBIConfig(dim=DIM, dropout=0.0, stages=(-2, -1), aux_heads=(0,), consistency_epochs=0.5)
 EPOCH = 4
 
 
 def build(config=SMALL, classes=range(NUM_CLASSES), training=True) -> MCIBI:
     torch.manual_seed(0)
     method = MCIBI(
-        Patches(7, SIZE // GRID, torch.float64), config, classes={"masks": np.array(classes)},
+        Twice(7, SIZE // GRID, torch.float64), config, classes={"masks": np.array(classes)},
         num_classes=NUM_CLASSES, epoch_steps=EPOCH if training else None,
     )  # fmt: skip
     if method.memory is not None:
@@ -45,6 +45,17 @@ def batch(step: int, slot: int, per_slot: int = 2) -> Batch:
     return Batch(images, valid, masks, ((),) * per_slot, "masks", "masks", keys)
 
 
+class Twice(Patches):
+    """Two stages of one map, so that there can be two auxiliary heads."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.stages *= 2
+
+    def forward(self, images, valid=None):
+        return super().forward(images) * 2
+
+
 class ByLoops:
     """Eq. 1 - 19 over the slots of a step, with the layers of `method`."""
 
@@ -58,7 +69,7 @@ class ByLoops:
         maps, targets = [], []
         for slot in range(num_slots):
             item = batch(step, slot, per_slot)
-            (features,) = self.method.backbone(item.images)
+            features, _ = self.method.backbone(item.images)
             pixels = net.reduce(features)
             logits = net.dataset.classify(pixels)
             codes = torch.stack([reference.gathered(one, self.memory, DIM) for one in logits])
@@ -69,16 +80,21 @@ class ByLoops:
             divide_by = config.seg_denominator
             losses = {
                 "seg": reference.pixel_loss(net.classify(fused), item.masks, divide_by),
-                "distribution": 0.4 * reference.pixel_loss(logits, item.masks, divide_by),
-                "aux": 0.4
-                * reference.pixel_loss(net.auxiliary[0](features), item.masks, divide_by),
+                "distribution": config.distribution_weight
+                * reference.pixel_loss(logits, item.masks, divide_by),
+                "aux": config.aux_weight
+                * sum(
+                    reference.pixel_loss(head(features), item.masks, divide_by)
+                    for head in net.auxiliary
+                ),
             }
             if step >= round(config.consistency_epochs * EPOCH) and self.memory:
                 rows = {
                     k: net.classify(m[None, :, None, None], by_running_statistics=True)[0, :, 0, 0]
                     for k, m in self.memory.items()
                 }
-                losses["consistency"] = reference.consistency_loss(rows)
+                loss = reference.consistency_loss(rows)
+                losses["consistency"] = config.consistency_weight * loss
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss / num_slots
             maps += [*pixels.detach()]
@@ -87,10 +103,13 @@ class ByLoops:
         return total
 
     def _update(self, maps, targets, step: int) -> None:
-        momentum = reference.momentum_at(step, NUM_STEPS)
+        config = self.config
+        momentum = reference.momentum_at(
+            step, NUM_STEPS, config.momentum, config.momentum_power, config.momentum_floor
+        )
         before = dict(self.memory)
         for k in range(NUM_CLASSES):
-            pairs = reference.class_weights_and_pixels(maps, targets, before, k)
+            pairs = reference.class_weights_and_pixels(maps, targets, before, k, config.weighting)
             if pairs:
                 new = reference.transform(pairs)
                 is_first = k not in before
@@ -110,10 +129,19 @@ def run_step(method: MCIBI, step: int, num_slots: int, per_slot: int = 2):
     return total
 
 
-@pytest.mark.parametrize(("num_slots", "per_slot"), [(1, 3), (2, 2)])
-def test_whole_steps_equal_the_loops(num_slots, per_slot):
+OTHER = {
+    "weighting": "plain", "seg_denominator": "all", "aux_heads": (0, 1), "aux_weight": 0.3,
+    "distribution_weight": 0.7, "consistency_weight": 0.2, "momentum": 0.6, "momentum_power": 2.0,
+    "momentum_floor": 0.3, "transform_layers": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "num_slots", "per_slot"), [({}, 1, 3), (OTHER, 2, 2)])
+def test_whole_steps_equal_the_loops(changes, num_slots, per_slot):
     """Losses, gradients and memory; classes that are absent, come later, or never come."""
-    method = build()
+    method = build(replace(SMALL, **changes))
+    layers = changes.get("transform_layers", 2)
+    assert len(method.net.dataset.attention.query) == layers
     slow, parameters = ByLoops(method), list(method.parameters())
     for step in range(4):
         expected = slow.step(step, num_slots, per_slot)
@@ -214,7 +242,8 @@ def test_a_clustered_first_vector_is_of_the_largest_cluster():
     assert memory.rows.is_set.tolist() == [True, True, False]
     vector = memory.rows.rows[0]
     torch.testing.assert_close(vector / vector.norm(), torch.tensor([1.0, 0.0]), atol=0.1, rtol=0)
-    assert 2 < vector.norm() < 3.5  # the mean length of all its pixels
+    mean = memory.first_pixels.rows[: 6 * 4].norm(dim=1).mean()  # of all its pixels
+    torch.testing.assert_close(vector.norm(), mean)
     feature_step(memory, 6, slots)
     assert memory.rows.updates.tolist() == [5, 1, 0]
 
@@ -224,7 +253,8 @@ def test_a_clustered_first_vector_is_of_the_largest_cluster():
 
 def test_the_paper_and_its_code_as_presets():
     text, code = paper(), released()
-    assert (text.dim, text.aux_heads, text.transform_layers) == (None, (), 1)
+    assert (text.dim, text.aux_heads, text.transform_layers) == (512, (), 1)
+    assert paper(MCIBIConfig(context="ocr")).aux_heads == (-2,)
     assert (text.first_vector, text.context_fusion, text.seg_denominator) == (
         "pixel", "concat", "all",
     )  # fmt: skip
@@ -268,4 +298,5 @@ def test_figures_of_the_memory():
     figures = method.summary(Clock(0, num_steps=NUM_STEPS))
     assert figures["memory/momentum"] == pytest.approx(0.9)
     assert figures["memory/coverage"] == pytest.approx(3 / 5)
-    assert method.charts()["memory/updates per class"].tolist() == [2, 2, 2, 0, 0]
+    (chart,) = method.charts().values()
+    assert chart.tolist() == [2, 2, 2, 0, 0]  # slots

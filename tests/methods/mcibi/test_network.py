@@ -17,6 +17,7 @@ from memseg_dist.nn.batchnorm import commit_statistics, recording
 SMALL = MCIBIConfig(dim=6, dropout=0.0, stages=(-2, -1), aux_heads=(), bins=(1, 2), rates=(1, 2))
 STAGES = (FeatureStage(5, 4), FeatureStage(7, 8))
 NUM_CLASSES = 4
+ALL = torch.ones(NUM_CLASSES, dtype=torch.bool)
 
 
 def network(config=SMALL, **changes) -> Network:
@@ -57,7 +58,7 @@ def test_the_gradient_through_the_gather_is_that_of_finite_differences():
     module = DatasetContext(SMALL, 6, NUM_CLASSES).double()
     codes = torch.randn(NUM_CLASSES, 6, dtype=torch.float64)
     pixels = torch.randn(2, 6, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: module(x, codes), (pixels,))
+    assert torch.autograd.gradcheck(lambda x: module(x, codes, ALL), (pixels,))
     logits = torch.randn(1, NUM_CLASSES, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: gather_codes(x, codes), (logits,))
 
@@ -84,7 +85,7 @@ def test_detached_weights_reach_no_h1():
     pixels = torch.randn(2, 6, 2, 3, dtype=torch.float64)
     for detach in (False, True):
         module = DatasetContext(replace(SMALL, detach_weights=detach), 6, NUM_CLASSES).double()
-        fused, _ = module(pixels, codes)
+        fused, _ = module(pixels, codes, ALL)
         fused.square().sum().backward()
         gradients = [parameter.grad for parameter in module.classify.parameters()]
         assert all(gradient is None for gradient in gradients) == detach
@@ -99,7 +100,7 @@ def test_the_forms_of_fusion(fusion):
     module = DatasetContext(replace(SMALL, fusion=fusion), 6, NUM_CLASSES).double()
     codes = torch.randn(NUM_CLASSES, 6, dtype=torch.float64)
     pixels = torch.randn(2, 6, 2, 3, dtype=torch.float64)
-    fused, logits = module(pixels, codes)
+    fused, logits = module(pixels, codes, ALL)
     context = module.attention(pixels, gather_codes(logits, codes))
     joined = {
         "concat": lambda: torch.cat([pixels, context], dim=1),
@@ -120,7 +121,7 @@ def test_context_within_the_image_is_fused_after_that_of_the_data_set(form):
     net, seen = network(context="ppm", context_fusion=form), maps()
     outputs = net(seen)
     pixels = net.reduce(seen[-1])
-    fused, _ = net.dataset(pixels, net.codes)
+    fused, _ = net.dataset(pixels, net.codes, ALL)
     context = net.context(seen)
     if form == "attention":
         context = net.context_attention(pixels, context)
@@ -151,14 +152,18 @@ def test_every_context_with_and_without_every_kind_of_memory(context, memory):
 
 
 def test_controls_have_the_graph_of_the_memory():
-    """The same weights, but for the codes that are learned."""
+    """The same weights at the start, but for the codes that are learned."""
     kinds = ("features", "zero", "random", "learnable", "image")
     nets = {kind: network(memory=kind) for kind in kinds}
-    shapes = {
-        kind: {name: p.shape for name, p in net.named_parameters() if name != "codes"}
+    weights = {
+        kind: {name: p for name, p in net.named_parameters() if name != "codes"}
         for kind, net in nets.items()
     }
-    assert all(found == shapes["features"] for found in shapes.values())
+    for found in weights.values():
+        assert found.keys() == weights["features"].keys()
+        assert all(torch.equal(found[name], p) for name, p in weights["features"].items())
+    plain = dict(network(memory="off").named_parameters())
+    assert torch.equal(plain["reduce.0.weight"], weights["features"]["reduce.0.weight"])
     assert [k for k, net in nets.items() if "codes" in dict(net.named_parameters())] == [
         "learnable"
     ]
@@ -167,6 +172,44 @@ def test_controls_have_the_graph_of_the_memory():
     torch.testing.assert_close(outputs["features"], outputs["zero"])  # nothing is in it yet
     for kind in ("random", "image"):
         assert not torch.allclose(outputs[kind], outputs["zero"])
+
+
+def test_learned_codes_learn_and_random_ones_do_not():
+    for kind in ("random", "learnable"):
+        net = network(memory=kind)
+        assert 0.5 < net.codes.std() < 1.5
+        net(maps()).logits.square().sum().backward()
+        assert (net.codes.grad is not None and net.codes.grad.any()) == (kind == "learnable")
+
+
+def test_classes_that_nobody_trains_get_nothing_of_w():
+    """Validation-only classes, and those that a source excludes."""
+    torch.manual_seed(0)
+    net = Network(SMALL, STAGES, NUM_CLASSES, torch.tensor([0, 2])).double()
+    net.codes.normal_()
+    net.is_set.copy_(torch.tensor([True, False, True, False]))
+    outputs = net(maps())
+    share = outputs.distribution.softmax(dim=1)
+    assert not share[:, [1, 3]].any()
+    before = outputs.logits
+    net.codes[[1, 3]] += 5
+    torch.testing.assert_close(net(maps()).logits, before)
+    rows = net.classify(net.codes[:, :, None, None], by_running_statistics=True)[:, [0, 2], 0, 0]
+    wanted = torch.nn.functional.cross_entropy(rows[[0, 2]], torch.tensor([0, 1]))
+    loss = net.consistency_loss()
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.classify.parameters())
+
+
+def test_object_regions_are_the_last_auxiliary_heads():
+    net, seen = network(context="ocr", aux_heads=(0, 1)), maps()
+    outputs = net(seen)
+    pixels = net.reduce(seen[-1])
+    fused, _ = net.dataset(pixels, net.codes, ALL)
+    context = net.context_attention(pixels, net.context(seen, outputs.auxiliary[1]))
+    expected = net.classify(net.context_fuse(torch.cat([context, fused], dim=1)))
+    torch.testing.assert_close(outputs.logits, expected)
 
 
 def test_own_pixels_instead_of_codes_are_non_local_attention():
@@ -274,6 +317,7 @@ def test_heads_that_do_not_fit_the_stages_are_errors():
         ({"rates": (0, 3)}, "method.rates"),
         ({"momentum": 1.5}, r"method.momentum is 1.5"),
         ({"dim": 0}, "method.dim"),
+        ({"downsample": True}, "method.downsample halves the joined map of method.pixels 'all'"),
         ({"consistency_weight": -1.0}, "method.consistency_weight"),
     ],
 )
