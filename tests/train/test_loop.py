@@ -14,7 +14,7 @@ import torch
 from train.shards import larvseg_config, write_squares
 
 from memseg_dist import dist
-from memseg_dist.config import EngineConfig, from_json, to_json
+from memseg_dist.config import EngineConfig, RunConfig, from_json, to_json
 from memseg_dist.methods.larvseg.method import LarvSeg
 from memseg_dist.platforms.on_deepspeed import DeepSpeedEngine
 from memseg_dist.tools.pictures.draw import draw_validation
@@ -208,15 +208,31 @@ train(config, Here(), Killed(), DeepSpeedEngine, draw_validation)
 """
 
 
+def run_until_killed(config: RunConfig, *steps: int) -> None:
+    """In processes that die by SIGKILL at a step, or at -1 within the evaluation; 0: never."""
+    file = Path(config.storage) / "config.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_json(config))
+    for step in steps:
+        arguments = [sys.executable, "-c", KILLED, str(file), str(step)]
+        code = subprocess.run(arguments, timeout=120).returncode
+        assert code == (-signal.SIGKILL if step else 0)
+
+
+def assert_same_checkpoints(mine: RunConfig, other: RunConfig) -> None:
+    """Every file of the last one, bit for bit."""
+    ours, theirs = (Checkpoint(latest(f"{c.directory}/checkpoints")) for c in (mine, other))
+    assert ours.step == theirs.step == 6
+    for name, entry in theirs.manifest["files"].items():
+        if name != "run.json":  # which holds the storage path
+            assert ours.manifest["files"][name]["sha256"] == entry["sha256"], name
+
+
 def test_sigkill_and_resume_is_bitwise_at_the_same_size(whole, tmp_path):
     config, wanted, *_ = whole
     mine = dataclasses.replace(config, storage=str(tmp_path), engine=config.engine)
-    file = tmp_path / "config.json"
-    file.write_text(to_json(mine))
     # at step 5, which is after a checkpoint; then within the last evaluation; then not at all
-    for kill_at, code in ((5, -signal.SIGKILL), (-1, -signal.SIGKILL), (0, 0)):
-        arguments = [sys.executable, "-c", KILLED, str(file), str(kill_at)]
-        assert subprocess.run(arguments, timeout=120).returncode == code
+    run_until_killed(mine, 5, -1, 0)
     assert losses(mine) == wanted  # exactly
     assert [line["step"] for line in history(mine)] == [
         1,
@@ -228,11 +244,7 @@ def test_sigkill_and_resume_is_bitwise_at_the_same_size(whole, tmp_path):
         6,
     ]  # none lost, none twice
     assert history(mine)[-1] == history(config)[-1]  # the evaluation
-    ours, theirs = (Checkpoint(latest(f"{c.directory}/checkpoints")) for c in (mine, config))
-    assert ours.step == theirs.step == 6
-    for name, entry in theirs.manifest["files"].items():
-        if name != "run.json":  # which holds the storage path
-            assert ours.manifest["files"][name]["sha256"] == entry["sha256"], name
+    assert_same_checkpoints(mine, config)
 
 
 def test_a_finished_run_is_not_trained_or_evaluated_again(whole, process_pool):
