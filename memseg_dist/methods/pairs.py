@@ -1,4 +1,5 @@
-"""The (image, label) pairs of a slot, made from host labels alone, so their number costs no sync.
+"""What methods share about classes: the columns of a source's classes among all of the label space,
+and the (image, label) pairs of a slot, made from host labels alone, so their number costs no sync.
 
 Shape letters: R pairs, C classes of the label space, N of one source.
 """
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memseg_dist.batch import Batch
+from memseg_dist.batch import IGNORE, Batch
+from memseg_dist.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ def columns_of(class_ids_N: np.ndarray | Sequence[int], num_classes: int) -> np.
     column_C = np.full(num_classes, -1, dtype=np.int64)
     column_C[class_ids_N] = np.arange(len(class_ids_N))
     return column_C
+
+
+def mask_columns(masks: Tensor, column_C: Tensor) -> Tensor:
+    """The columns of a mask's label-space ids; IGNORE stays, and so becomes what has no column."""
+    return torch.where(masks == IGNORE, IGNORE, column_C[masks.clamp_min(0)])
+
+
+def check_masks_only(sources: Sequence[Source], method: str) -> None:
+    """ValueError for a source without masks, of a method that learns from nothing else."""
+    for source in sources:
+        if source.supervision != "masks":
+            raise ValueError(
+                f"source {source.name!r} has supervision {source.supervision!r}; {method} learns "
+                "from masks alone: use 'masks', or leave the source out"
+            )
 
 
 def check_source(batch: Batch, classes: Mapping[str, object]) -> None:

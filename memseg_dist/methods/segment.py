@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memseg_dist.batch import IGNORE, Batch, Clock
+from memseg_dist.batch import Batch, Clock
 from memseg_dist.methods.method import DenseLogits, LinearLogits, Method, MethodConfig
-from memseg_dist.methods.pairs import check_source
+from memseg_dist.methods.pairs import check_masks_only, check_source, columns_of, mask_columns
 from memseg_dist.nn.deeplab import DeepLabV2Head
 from memseg_dist.nn.pixel_loss import Denominator, pixel_cross_entropy
 
@@ -53,12 +53,7 @@ class SegmentConfig(MethodConfig):
         )
 
     def check(self, setup: Setup) -> None:
-        for source in setup.sources:
-            if source.supervision != "masks":
-                raise ValueError(
-                    f"source '{source.name}' has supervision '{source.supervision}'; plain "
-                    "segmentation learns from masks alone: use 'masks' or leave the source out"
-                )
+        check_masks_only(setup.sources, "plain segmentation")
 
 
 class Segment(Method):
@@ -83,10 +78,9 @@ class Segment(Method):
             self.head = nn.Linear(backbone.dim, num_classes)
         self.classes, self._column = {}, {}
         for name, ids in classes.items():
-            ids_N = torch.as_tensor(ids, dtype=torch.int64, device=device)
-            column_C = torch.full((num_classes,), IGNORE, device=device)
-            column_C[ids_N] = torch.arange(len(ids_N), device=device)
-            self.classes[name], self._column[name] = ids_N, column_C
+            self.classes[name] = torch.as_tensor(ids, dtype=torch.int64, device=device)
+            column_C = columns_of(ids, num_classes)
+            self._column[name] = torch.as_tensor(column_C, device=device)
 
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """ValueError for a batch of an unknown source."""
@@ -94,8 +88,7 @@ class Segment(Method):
         assert batch.masks is not None, "check lets no source without masks come here"
         (features,) = self.backbone(batch.images, batch.valid)
         logits = self._logits(features, self.classes[batch.source])
-        target_BHW = self._column[batch.source][batch.masks.clamp_min(0)]
-        target_BHW = target_BHW.masked_fill(batch.masks == IGNORE, IGNORE)
+        target_BHW = mask_columns(batch.masks, self._column[batch.source])
         divide_by = self.config.seg_denominator
         if isinstance(logits, DenseLogits):
             loss = pixel_cross_entropy(logits.logits, None, target_BHW, denominator=divide_by)

@@ -10,6 +10,7 @@ import numpy as np
 from memseg_dist.checks import check_numbers, require
 from memseg_dist.methods.mcibi.statistics import Weighting
 from memseg_dist.methods.method import Method, MethodConfig
+from memseg_dist.methods.pairs import check_masks_only
 from memseg_dist.nn.context import ContextKind
 from memseg_dist.nn.pixel_loss import Denominator
 
@@ -132,12 +133,8 @@ class MCIBIConfig(MethodConfig):
         )
 
     def check(self, setup: Setup) -> None:
+        check_masks_only(setup.sources, "MCIBI")
         for source in setup.sources:
-            if source.supervision != "masks":
-                raise ValueError(
-                    f"source {source.name!r} has supervision {source.supervision!r}; MCIBI learns "
-                    "from masks alone: use 'masks', or leave the source out"
-                )
             if source.batch_per_slot < 2 and self.context in ("ppm", "aspp", "uper"):
                 raise ValueError(
                     f"source {source.name!r} has batch_per_slot {source.batch_per_slot}: the "

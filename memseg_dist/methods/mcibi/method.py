@@ -58,7 +58,7 @@ from memseg_dist.methods.mcibi.config import MCIBIConfig
 from memseg_dist.methods.mcibi.memory import FeatureMemory
 from memseg_dist.methods.mcibi.network import Network
 from memseg_dist.methods.method import DenseLogits, Method
-from memseg_dist.methods.pairs import check_source, columns_of
+from memseg_dist.methods.pairs import check_source, columns_of, mask_columns
 from memseg_dist.nn.pixel_loss import pixel_cross_entropy
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ class MCIBI(Method):
         assert batch.masks is not None, "check lets no source without masks come here"
         config, source = self.config, batch.source
         masks_BHW, num_pixels = self._filled(batch.masks), batch.masks.numel()
-        column_BHW = self._column[source][masks_BHW.clamp_min(0)]
-        column_BHW = torch.where(masks_BHW == IGNORE, IGNORE, column_BHW)
+        column_BHW = mask_columns(masks_BHW, self._column[source])
 
         def pixel_loss(logits_BKhw: Tensor) -> Tensor:
             logits_BNhw = logits_BKhw[:, self.classes[source]]
