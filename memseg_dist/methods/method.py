@@ -27,6 +27,7 @@ from memseg_dist.batch import Batch, Clock
 from memseg_dist.memory.state import Stateful
 
 if TYPE_CHECKING:
+    from memseg_dist.memory.rows import ShardedRows
     from memseg_dist.methods.setup import Setup
 
 
@@ -195,6 +196,15 @@ class Method(nn.Module):
         by cosine. Asked for when the run is evaluated. None: the method has no such vectors.
         """
         return None
+
+
+def memory_figures(memories: Mapping[str, ShardedRows], step: int) -> dict[str, float]:
+    """What each memory says of itself, as "memory/fill". Collective; waits for the device."""
+    return {
+        f"{name}/{figure}": value
+        for name, memory in memories.items()
+        for figure, value in memory.summary(step).items()
+    }
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -65,7 +65,7 @@ def columns_of(class_ids_N: np.ndarray | Sequence[int], num_classes: int) -> np.
     return column_C
 
 
-def mask_columns(masks: Tensor, column_C: Tensor) -> Tensor:
+def to_columns(masks: Tensor, column_C: Tensor) -> Tensor:
     """The columns of a mask's label-space ids; IGNORE stays, and so becomes what has no column."""
     return torch.where(masks == IGNORE, IGNORE, column_C[masks.clamp_min(0)])
 

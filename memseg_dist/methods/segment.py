@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock
 from memseg_dist.methods.method import DenseLogits, LinearLogits, Method, MethodConfig
-from memseg_dist.methods.pairs import check_masks_only, check_source, columns_of, mask_columns
+from memseg_dist.methods.pairs import check_masks_only, check_source, columns_of, to_columns
 from memseg_dist.nn.deeplab import DeepLabV2Head
 from memseg_dist.nn.pixel_loss import Denominator, pixel_cross_entropy
 
@@ -88,7 +88,7 @@ class Segment(Method):
         assert batch.masks is not None, "check lets no source without masks come here"
         (features,) = self.backbone(batch.images, batch.valid)
         logits = self._logits(features, self.classes[batch.source])
-        target_BHW = mask_columns(batch.masks, self._column[batch.source])
+        target_BHW = to_columns(batch.masks, self._column[batch.source])
         divide_by = self.config.seg_denominator
         if isinstance(logits, DenseLogits):
             loss = pixel_cross_entropy(logits.logits, None, target_BHW, denominator=divide_by)

@@ -8,8 +8,7 @@ then applied there.
 
 The paper's baseline (Eq. 1) is the same class with `attention="off"`: no memory, no L_aux.
 
-Where the paper is silent or differs from its official code, the decision, and the flag that gives
-the other behaviour:
+Where the paper is silent or differs from its code, the decision, and the flag of the other one:
 
  1  logit: cosine normalised over the classes of the pixel, learned scale      `logit_scale`
  2  Eq. 5's temperature is 1                                                   `temperature`
@@ -43,8 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memseg_dist.batch import IGNORE, Batch, Clock
-from memseg_dist.memory.state import Stateful
+from memseg_dist.batch import Batch, Clock
+from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.methods.larvseg import attention
 from memseg_dist.methods.larvseg.classifier import CosineClassifier, class_normalised
 from memseg_dist.methods.larvseg.config import LarvSegConfig
@@ -57,8 +56,8 @@ from memseg_dist.methods.larvseg.losses import (
     segmentation_loss,
 )
 from memseg_dist.methods.larvseg.memory import PixelMemory
-from memseg_dist.methods.method import LinearLogits, Method
-from memseg_dist.methods.pairs import LabelPairs, check_source, columns_of, onto_device
+from memseg_dist.methods.method import LinearLogits, Method, memory_figures
+from memseg_dist.methods.pairs import LabelPairs, check_source, columns_of, onto_device, to_columns
 
 
 class LarvSeg(Method):
@@ -129,11 +128,10 @@ class LarvSeg(Method):
         batch = slot.batch
         assert batch.masks is not None
         ids_BHW = batch.masks[:, ::LOSS_STRIDE, ::LOSS_STRIDE]
-        column_BHW = self._column_on_device[batch.source][ids_BHW.clamp_min(0)]
         return segmentation_loss(
             slot.u_BLD.mT.unflatten(2, slot.low_size),
             slot.weight_ND,
-            torch.where(ids_BHW == IGNORE, IGNORE, column_BHW),
+            to_columns(ids_BHW, self._column_on_device[batch.source]),
             multiplicity_N=self.multiplicity.get(batch.source),
             denominator=self.config.seg_denominator,
         )
@@ -213,7 +211,7 @@ class LarvSeg(Method):
         if self.memory is not None:
             self.memory.rows.commit(clock)
 
-    def state(self) -> dict[str, Stateful]:
+    def state(self) -> dict[str, ShardedRows]:
         return {} if self.memory is None else {"memory": self.memory.rows}
 
     # ---------------------------------------------------------------- use
@@ -243,12 +241,10 @@ class LarvSeg(Method):
         return {"attention": map_Bhw * (self.memory.read.counts[index] > 0)[:, None, None]}
 
     def summary(self, clock: Clock) -> dict[str, float]:
-        figures = {} if self.memory is None else self.memory.rows.summary(clock.step)
-        return {f"memory/{name}": value for name, value in figures.items()}
+        return memory_figures(self.state(), clock.step)
 
     def charts(self) -> dict[str, Tensor]:
         return {} if self.memory is None else {"memory/rows per class": self.memory.sizes()}
 
     def class_vectors(self) -> tuple[Tensor, Tensor] | None:
-        """The means of Eq. 3."""
         return None if self.memory is None else self.memory.set_means()

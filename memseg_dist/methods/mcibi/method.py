@@ -57,8 +57,8 @@ from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.methods.mcibi.config import MCIBIConfig
 from memseg_dist.methods.mcibi.memory import FeatureMemory
 from memseg_dist.methods.mcibi.network import Network
-from memseg_dist.methods.method import DenseLogits, Method
-from memseg_dist.methods.pairs import check_source, columns_of, mask_columns
+from memseg_dist.methods.method import DenseLogits, Method, memory_figures
+from memseg_dist.methods.pairs import check_source, columns_of, to_columns
 from memseg_dist.nn.pixel_loss import pixel_cross_entropy
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class MCIBI(Method):
         assert batch.masks is not None, "check lets no source without masks come here"
         config, source = self.config, batch.source
         masks_BHW, num_pixels = self._filled(batch.masks), batch.masks.numel()
-        column_BHW = mask_columns(masks_BHW, self._column[source])
+        column_BHW = to_columns(masks_BHW, self._column[source])
 
         def pixel_loss(logits_BKhw: Tensor) -> Tensor:
             logits_BNhw = logits_BKhw[:, self.classes[source]]
@@ -195,11 +195,8 @@ class MCIBI(Method):
     def summary(self, clock: Clock) -> dict[str, float]:
         if self.memory is None:
             return {}
-        figures = {"memory/momentum": self.memory.schedule(clock)}
-        for name, bank in self.state().items():
-            for figure, value in bank.summary(clock.step).items():
-                figures[f"{name}/{figure}"] = value
-        return figures
+        momentum = {"memory/momentum": self.memory.schedule(clock)}
+        return momentum | memory_figures(self.state(), clock.step)
 
     def charts(self) -> dict[str, Tensor]:
         if self.memory is None:

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from memseg_dist.batch import Batch, Clock, derive_seed
 from memseg_dist.memory.rows import ShardedRows
-from memseg_dist.methods.method import Method, Prediction
+from memseg_dist.methods.method import Method, Prediction, memory_figures
 from memseg_dist.methods.pairs import LabelPairs, check_source, columns_of
 from memseg_dist.methods.rca.accumulate import MapAccumulator
 from memseg_dist.methods.rca.config import RCAConfig
@@ -222,8 +222,7 @@ class RCA(Method):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        (features,) = self.backbone(images)
-        return F.normalize(self.net.reduce(features), dim=1)
+        return F.normalize(self.net.reduce(*self.backbone(images)), dim=1)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
@@ -234,11 +233,8 @@ class RCA(Method):
         return self.net.pictures(features, class_ids, column)
 
     def summary(self, clock: Clock) -> dict[str, float]:
-        figures = {"prototypes/count": float(len(self.net.prototypes))}
-        for name, memory in self.state().items():
-            for figure, value in memory.summary(clock.step).items():
-                figures[f"{name}/{figure}"] = value
-        return figures
+        count = {"prototypes/count": float(len(self.net.prototypes))}
+        return count | memory_figures(self.state(), clock.step)
 
     def charts(self) -> dict[str, Tensor]:
         charts = {}
@@ -251,6 +247,4 @@ class RCA(Method):
 
     def class_vectors(self) -> tuple[Tensor, Tensor]:
         """The prototypes, but the noise that the released code starts from."""
-        prototypes = self.net.prototypes
-        is_found = prototypes.sizes > 0
-        return prototypes.classes[is_found].long().cpu(), prototypes.vectors[is_found].cpu()
+        return self.net.prototypes.found()

@@ -52,6 +52,11 @@ class Prototypes(nn.Module):
         found = find_prototypes(memory, per_class, seed=seed, num_starts=num_starts)
         self.vectors, self.classes, self.sizes = found
 
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Class ids int64 [n], ascending, and vectors [n, D], on the host, of those with rows."""
+        is_found = self.sizes > 0
+        return self.classes[is_found].long().cpu(), self.vectors[is_found].cpu()
+
     def cluster_sizes(self) -> Tensor:
         """float [P]: rows per prototype, within each class the largest first: for a bar chart."""
         classes, sizes = self.classes.cpu().numpy(), self.sizes.cpu().numpy()
