@@ -212,7 +212,7 @@ VIEWS = {
         ("ade", {"baseline": True}, ADE | {"method.memory": "off"}),
         ("ade", {"multiscale": True}, ADE | VIEWS | {"every.evaluate": 130 * 20_210 // 16}),
         ("ade", {"preset": "released"}, ADE | {"method.consistency_norm": "batch"}),
-        ("ade", {"preset": "paper"}, {"method.dim": None, "optimizer.min_lr": 0.0}),
+        ("ade", {"preset": "paper"}, {"method.transform_layers": 1, "optimizer.min_lr": 0.0}),
         ("cityscapes", {}, CITYSCAPES),
         ("cityscapes", {"preset": "released"}, CITYSCAPES | NO_LONG_MEAN),
         (
