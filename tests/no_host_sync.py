@@ -126,9 +126,11 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     def wrap(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        tensor = in_place[id(leaf)] if id(leaf) in in_place else PretendedTensor(leaf)
-        assert tensor.shape == leaf.shape, f"{name} reshapes in place: a pretended tensor cannot"
-        return tensor
+        tensor = in_place.get(id(leaf))
+        # a pretended tensor keeps its shape: what reshapes it in place gives another one
+        return (
+            tensor if tensor is not None and tensor.shape == leaf.shape else PretendedTensor(leaf)
+        )
 
     result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
     return tree_map(wrap, result) if device.type == DEVICE_TYPE else result

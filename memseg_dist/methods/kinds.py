@@ -6,6 +6,7 @@ from memseg_dist.methods.classify import ClassifyConfig
 from memseg_dist.methods.larvseg.config import LarvSegConfig
 from memseg_dist.methods.mcibi.config import MCIBIConfig
 from memseg_dist.methods.method import MethodConfig
+from memseg_dist.methods.pseudoseg.config import PseudoSegConfig
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
 
@@ -18,5 +19,7 @@ def register(config: type[MethodConfig]) -> type[MethodConfig]:
     return config
 
 
-for _config in (LarvSegConfig, RCAConfig, MCIBIConfig, SegmentConfig, ClassifyConfig):
+for _config in (
+    LarvSegConfig, RCAConfig, MCIBIConfig, PseudoSegConfig, SegmentConfig, ClassifyConfig,
+):  # fmt: skip
     register(_config)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from memseg_dist.data.pairs import image_counts, labelled_regions, steps_per_epoch
-from memseg_dist.data.source import Source, kept_ids
+from memseg_dist.data.source import Source, kept_ids, supervised_ids
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.layouts import Regions
 from memseg_dist.nn.backbone import Backbone, BackboneConfig, build_backbone
@@ -69,10 +69,38 @@ class Setup:
         """Every (class, image) pair of the sources, read from their indexes."""
         return labelled_regions(self.sources, self.label_space, self.cache_dir)
 
-    @cached_property
-    def image_counts(self) -> np.ndarray:
-        """int64 [C]: images of the sources that show each class, read from their indexes."""
-        return image_counts(self.sources, self.label_space, self.cache_dir)
+    @property
+    def labelled_sources(self) -> tuple[Source, ...]:
+        """Those with masks."""
+        return tuple(source for source in self.sources if source.supervision == "masks")
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Label-space ids of the classes that sources with masks have and keep, ascending."""
+        return supervised_ids(self.sources, self.label_space, "masks")
+
+    def check_masks_show_all_classes(self) -> None:
+        """ValueError for a class of the sources with masks that none of them shows, or a class of
+        the validation set that they do not have: nothing would teach it.
+        """
+        uids, trained = np.array(self.label_space.vocabulary.uids, dtype=object), self.trained
+        counts = image_counts(self.labelled_sources, self.label_space, self.cache_dir)
+        unseen = uids[trained[counts[trained] == 0]]
+        if len(unseen):
+            names = [source.name for source in self.labelled_sources]
+            raise ValueError(
+                f"{len(unseen)} of the classes {sorted(unseen)[:8]} are in no mask of the sources "
+                f"{names}: exclude them, --sources.0.exclude and --validation.exclude, or add "
+                "images that show them (a split drawn with --rule every-class has them all)"
+            )
+        if self.scored is None:
+            return
+        unknown = uids[np.setdiff1d(self.scored, trained)]
+        if len(unknown):
+            raise ValueError(
+                f"the validation set has the classes {sorted(unknown)[:8]}, which no source has "
+                "masks of; add them to --validation.exclude"
+            )
 
     @cached_property
     def epoch_steps(self) -> int:

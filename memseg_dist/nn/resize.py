@@ -42,6 +42,32 @@ def upsample_positions(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return enlarged[:, : size[0], : size[1]]
 
 
+def fill_up(pixels: Tensor, stride: int, value: int | bool) -> Tensor:
+    """[B, H, W] filled up below and to the right to whole positions of `stride` pixels, which is
+    what a backbone's maps cover.
+    """
+    below, right = (-side % stride for side in pixels.shape[1:])
+    return F.pad(pixels, (0, right, 0, below), value=value) if below or right else pixels
+
+
+def within_image(map: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """The positions of a map [..., h, w] that lie on an image of `size` pixels. stride: that of the
+    backbone's deepest map; a finer one goes on beyond the image by less than one position of it.
+    """
+    sizes = zip(map.shape[-2:], size, strict=True)
+    rows, columns = (-(-n // max(1, -(-n // stride) * stride // h)) for h, n in sizes)
+    return map[..., :rows, :columns]
+
+
+def at_positions(pixels_BHW: Tensor, map: Tensor) -> Tensor:
+    """bool [B, H, W] at the centres of a map's h x w positions, False where they lie outside."""
+    height, width = map.shape[-2:]
+    down, across = -(-pixels_BHW.shape[1] // height), -(-pixels_BHW.shape[2] // width)
+    right, below = width * across - pixels_BHW.shape[2], height * down - pixels_BHW.shape[1]
+    filled = F.pad(pixels_BHW, (0, right, 0, below))
+    return filled[:, down // 2 :: down, across // 2 :: across]
+
+
 def padded_size(maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
     """The pixels that the h x w positions of `maps` [k, h, w] span: n x m plus the net's padding.
 

@@ -21,7 +21,7 @@ from train.test_loop import Here, assert_same_losses
 from train.test_loop import losses as losses_of
 
 from memseg_dist.assemble import build_label_space, build_method
-from memseg_dist.batch import Batch, Clock
+from memseg_dist.batch import Batch, Clock, Supervision
 from memseg_dist.config import EngineConfig, OptimizerConfig, RunConfig, from_json, to_json
 from memseg_dist.data.loader import Source, TrainLoader
 from memseg_dist.methods.method import PER_CLASS, Method, MethodConfig
@@ -35,6 +35,12 @@ from memseg_dist.train.optim import build_optimizer
 from memseg_dist.train.platform import Tracker
 
 ZERO = torch.zeros(())
+SOURCES: dict[str, tuple[str, Supervision]] = {
+    "masks": ("masks", "masks"),
+    "weak": ("weak", "labels"),
+    "unlabelled": ("masks", "none"),
+}
+"""Folder and supervision of the sources that a method may be trained on."""
 
 
 def run(config_json: str, stop_at: int | None = None) -> dict[str, Any]:
@@ -57,11 +63,13 @@ class MethodContract:
     """method: its settings at the size of images of 32 pixels, epochs of 2 to 4 steps and 6 steps.
 
     losses: per source that it trains on - "masks" with masks of two classes, "weak" with labels of
-    four - the names of its losses.
+    four, "unlabelled" - the names of its losses. teach_classes: the sources whose classes it can
+    be scored on.
     """
 
     method: MethodConfig
     losses: Mapping[str, set[str]]
+    teach_classes: ClassVar[set[str]] = {"masks", "weak"}
     changes: ClassVar[dict[str, Any]] = {}
     """Of the run's config."""
     run: Callable[..., dict[str, Any]] = staticmethod(run)
@@ -72,12 +80,12 @@ class MethodContract:
         base = larvseg_config(data, storage)
         slots = [5] if len(self.losses) == 1 else [2, 3]
         sources = tuple(
-            Source(name, str(data / name), "masks" if name == "masks" else "labels", slots=count,
+            Source(name, str(data / SOURCES[name][0]), SOURCES[name][1], slots=count,
                    augment=base.sources[0].augment)
             for name, count in zip(self.losses, slots, strict=True)
         )  # fmt: skip
         assert base.validation is not None
-        unknown = () if "weak" in self.losses else ("n2", "n3")
+        unknown = () if {"weak"} & {*self.losses} & self.teach_classes else ("n2", "n3")
         defaults = {
             "sources": sources,
             "method": self.method,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from memseg_dist.checks import check_numbers, require
 from memseg_dist.methods.mcibi.statistics import Weighting
 from memseg_dist.methods.method import Method, MethodConfig
@@ -141,27 +139,7 @@ class MCIBIConfig(MethodConfig):
                     f"pooled branch of context {self.context!r} has one position per image, and "
                     "BatchNorm needs two values; use 2 or more"
                 )
-        self._check_classes(setup)
-
-    def _check_classes(self, setup: Setup) -> None:
-        """ValueError for a class that no mask shows: it would have no vector and no weights."""
-        uids = np.array(setup.label_space.vocabulary.uids, dtype=object)
-        trained = np.unique(np.concatenate([*setup.classes.values()]))
-        unseen = uids[trained[setup.image_counts[trained] == 0]]
-        if len(unseen):
-            raise ValueError(
-                f"{len(unseen)} of the classes {sorted(unseen)[:8]} are in no mask of the sources "
-                f"{[*setup.classes]}: exclude them, --sources.0.exclude and --validation.exclude, "
-                "or add images that show them"
-            )
-        if setup.scored is None:
-            return
-        unknown = uids[np.setdiff1d(setup.scored, trained)]
-        if len(unknown):
-            raise ValueError(
-                f"the validation set has the classes {sorted(unknown)[:8]}, which no source has "
-                "masks of; add them to --validation.exclude"
-            )
+        setup.check_masks_show_all_classes()
 
     def smoke(self) -> MCIBIConfig:
         """Small heads on the last stages that any net has, and every loss within four steps."""

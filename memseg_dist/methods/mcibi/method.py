@@ -60,6 +60,7 @@ from memseg_dist.methods.mcibi.network import Network
 from memseg_dist.methods.method import DenseLogits, Method, memory_figures
 from memseg_dist.methods.pairs import check_source, columns_of, to_columns
 from memseg_dist.nn.pixel_loss import pixel_cross_entropy
+from memseg_dist.nn.resize import fill_up, within_image
 
 if TYPE_CHECKING:
     from memseg_dist.nn.backbone import Backbone
@@ -102,7 +103,9 @@ class MCIBI(Method):
         check_source(batch, self.classes)
         assert batch.masks is not None, "check lets no source without masks come here"
         config, source = self.config, batch.source
-        masks_BHW, num_pixels = self._filled(batch.masks), batch.masks.numel()
+        # a crop of 473 pixels becomes 60 whole positions of 8
+        masks_BHW = fill_up(batch.masks, self.backbone.stride, IGNORE)
+        filled_by = masks_BHW.numel() / batch.masks.numel()
         column_BHW = to_columns(masks_BHW, self._column[source])
 
         def pixel_loss(logits_BKhw: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ class MCIBI(Method):
             divide_by = config.seg_denominator
             loss = pixel_cross_entropy(logits_BNhw, None, column_BHW, denominator=divide_by)
             # "all" are the pixels of the crop, without those that it was filled up by
-            return loss if divide_by == "valid" else loss * (masks_BHW.numel() / num_pixels)
+            return loss if divide_by == "valid" else loss * filled_by
 
         outputs = self.net(self.backbone(batch.images, batch.valid))
         losses = {"seg": pixel_loss(outputs.logits)}  # Eq. 18
@@ -128,13 +131,6 @@ class MCIBI(Method):
             target_BHW = torch.where(is_known_BHW, masks_BHW, IGNORE)
             self.memory.propose(outputs.pixels.detach(), target_BHW, clock)  # Eq. 8 - 10
         return losses
-
-    def _filled(self, masks_BHW: Tensor) -> Tensor:
-        """Masks filled up by IGNORE to what the backbone's maps cover: a crop of 473 pixels becomes
-        60 whole positions of 8.
-        """
-        below, right = (-side % self.backbone.stride for side in masks_BHW.shape[1:])
-        return F.pad(masks_BHW, (0, right, 0, below), value=IGNORE) if below or right else masks_BHW
 
     def after_step(self, clock: Clock) -> None:
         if self.memory is not None:
@@ -156,13 +152,7 @@ class MCIBI(Method):
         return DenseLogits(self._within(logits, images))
 
     def _within(self, map: Tensor, images: Tensor) -> Tensor:
-        """The positions of a map that lie on the pictures: a map finer than the backbone's deepest
-        (HRNet, UPerNet) goes on beyond them, by less than one position of that.
-        """
-        sizes = zip(map.shape[-2:], images.shape[-2:])
-        deepest = self.backbone.stride
-        rows, columns = (-(-n // max(1, -(-n // deepest) * deepest // h)) for h, n in sizes)
-        return map[..., :rows, :columns]
+        return within_image(map, images.shape[-2:], self.backbone.stride)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
