@@ -19,12 +19,14 @@ from memseg_dist.checks import require
 from memseg_dist.config import RunConfig, with_absolute_paths
 from memseg_dist.data.files import absolute
 from memseg_dist.methods.labeller import ArgmaxLabeller, LabellerConfig
+from memseg_dist.methods.pseudoseg.labeller import FusionLabeller
 from memseg_dist.methods.rca.labeller import ActivationLabeller
 
 _REFERENCE = "stage:"
 LABELLERS: dict[str, type[LabellerConfig]] = {
     "activation": ActivationLabeller,
     "argmax": ArgmaxLabeller,
+    "fusion": FusionLabeller,
 }
 """By `kind`: those that a command line can name."""
 

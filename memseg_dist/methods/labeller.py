@@ -75,6 +75,10 @@ class LabellingModel(Protocol):
         """Whether the checkpoint holds the memory; ValueError if its files are damaged."""
         ...
 
+    def fitted(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] at the size that the run's validation looks at."""
+        ...
+
     def segment(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """As the run's validation looks at images: per pixel of uint8 [3, H, W] the index into
         `classes` of the largest logit, int64 [H, W], and its softmax probability, float32 [H, W].

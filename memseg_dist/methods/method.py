@@ -125,13 +125,14 @@ class DenseLogits:
 class Method(nn.Module):
     """Base of every method. Subclasses implement `forward` and `predict`.
 
-    `forward`, `before_step`, `predict`, `embed` and `maps` run in fp32, whatever autocast surrounds
-    them: the backbone turns bf16 on for itself alone, so a score does not depend on who asks.
+    `forward`, `before_step`, `predict`, `embed`, `maps` and `label_sources` run in fp32, whatever
+    autocast surrounds them: the backbone turns bf16 on for itself alone, so a score does not depend
+    on who asks.
     """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        for name in ("forward", "before_step", "predict", "embed", "maps"):
+        for name in ("forward", "before_step", "predict", "embed", "maps", "label_sources"):
             if name in vars(cls):
                 setattr(cls, name, _without_autocast(vars(cls)[name]))
 
@@ -172,6 +173,13 @@ class Method(nn.Module):
 
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
         """Pictures-to-be by name, [B, h, w] in 0..1: image b looked at for class classes[b]."""
+        return {}
+
+    def label_sources(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        """What a method of pseudo labels makes them from, by name: probabilities [B, K, h, w] of
+        the label-space ids `classes` [K] for uint8 images [B, 3, H, W]. Asked for when the run is
+        evaluated: how well each source is calibrated.
+        """
         return {}
 
     # ---------------------------------------------------------------- figures

@@ -12,6 +12,7 @@ from memseg_dist.config import RunConfig
 from memseg_dist.data.loader import EvalDataset
 from memseg_dist.data.pairs import image_counts
 from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.evaluation.calibration import calibration_errors
 from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes
 from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.methods.method import Method
@@ -88,8 +89,17 @@ class Validator:
             )
             for name, image in pictures:
                 tracker.log_image(name, image, step)
+        errors = calibration_errors(
+            method,
+            self.dataset,
+            self.classes,
+            device=self.device,
+            max_images=settings.max_images,
+            num_processes=self.config.loader.processes,
+        )
         dist.barrier()
         if dist.rank() == 0:
             text = f"{result.table()}\n\n{result.scores.class_table()}\n"
             tracker.log_text(f"validation/step-{step:08d}.txt", text)
-        return result.scores.metrics(prefix=EVALUATION)
+        calibration = {f"{EVALUATION}ece/{name}": error for name, error in errors.items()}
+        return result.scores.metrics(prefix=EVALUATION) | calibration

@@ -57,7 +57,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memseg_dist import dist
 from memseg_dist.batch import IGNORE, Batch, Clock
 from memseg_dist.data.source import Source
 from memseg_dist.methods.method import DenseLogits, Method
@@ -65,6 +64,7 @@ from memseg_dist.methods.pairs import check_source, to_columns
 from memseg_dist.methods.pseudoseg.augment import strong_view
 from memseg_dist.methods.pseudoseg.classes import ClassTable
 from memseg_dist.methods.pseudoseg.config import PseudoSegConfig
+from memseg_dist.methods.pseudoseg.figures import LabelTally
 from memseg_dist.methods.pseudoseg.fusion import sharpen, soft_cross_entropy
 from memseg_dist.methods.pseudoseg.network import Network
 from memseg_dist.nn.batchnorm import leave_out
@@ -103,7 +103,7 @@ class PseudoSeg(Method):
             classifies=attends or "labels" in self.table.share,
             attends=attends,
         )
-        self._seen = torch.zeros(4, device=device)
+        self.tally = LabelTally(device)
 
     # ---------------------------------------------------------------- training
 
@@ -155,7 +155,7 @@ class PseudoSeg(Method):
         weight = self.config.unlabelled_weight * self._ramp(clock)
         losses["unlabelled"] = table.share["unlabelled"] * weight * loss
         if not clock.idle:
-            self._tally(is_shown_BF, target_BThw, at_positions(batch.valid, target_BThw))
+            self.tally.add(is_shown_BF, target_BThw, at_positions(batch.valid, target_BThw))
         return losses
 
     def _classification(self, deep: Tensor, valid_Bhw: Tensor, batch: Batch) -> Tensor:
@@ -208,14 +208,22 @@ class PseudoSeg(Method):
         return F.normalize(self._within(features, images), dim=1)
 
     @torch.no_grad()
-    def pseudo_labels(self, images: Tensor) -> dict[str, Tensor]:
-        """What it would teach images without labels: probabilities of the trained classes."""
+    def pseudo_labels(self, images: Tensor, is_shown_BF: Tensor | None = None) -> dict[str, Tensor]:
+        """Probabilities [B, T, h, w] by source: decoder, activation, both fused, and that sharpened
+        as training does. is_shown: the foreground classes of the images; by default those that the
+        classifier sees.
+        """
         maps, valid_BHW = self.backbone(images), torch.ones_like(images[:, 0], dtype=torch.bool)
-        is_shown_BF = self.net.shown(maps[-1], at_positions(valid_BHW, maps[-1]))
+        if is_shown_BF is None:
+            is_shown_BF = self.net.shown(maps[-1], at_positions(valid_BHW, maps[-1]))
         found = self.net.label_sources(maps, is_shown_BF, valid_BHW)
         if "fused" in found:
             found["sharpened"] = sharpen(found["fused"], self.config.temperature)
         return {name: self._within(map, images) for name, map in found.items()}
+
+    def label_sources(self, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
+        columns = self.net.column[classes]
+        return {name: map[:, columns] for name, map in self.pseudo_labels(images).items()}
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
@@ -226,35 +234,15 @@ class PseudoSeg(Method):
         if self.net.attention is None:
             return shown
         deep = self.backbone(images)[-1]
-        everywhere_Bhw = torch.ones_like(deep[:, 0])
         all_BF = torch.ones(len(images), len(self.net.foreground), device=deep.device)
-        cam_BFhw = self._within(self.net.activate(deep, all_BF, everywhere_Bhw), images)
-        with_none = F.pad(cam_BFhw, (0, 0, 0, 0, 0, 1))  # column -1, the background's, is zero
+        cam_BFhw = self.net.activate(deep, all_BF, torch.ones_like(deep[:, 0]))
+        # column -1, the background's, is zero
+        with_none = F.pad(self._within(cam_BFhw, images), (0, 0, 0, 0, 0, 1))
         column = torch.from_numpy(self.table.in_foreground_K[ids])
         return {"class activation": with_none[rows, column]} | shown
 
     def _within(self, map: Tensor, images: Tensor) -> Tensor:
         return within_image(map, images.shape[-2:], self.backbone.stride)
 
-    # ---------------------------------------------------------------- figures
-
-    def _tally(self, is_shown_BF: Tensor, target_BThw: Tensor, valid_Bhw: Tensor) -> None:
-        """Add up what `summary` tells."""
-        images = torch.full_like(self._seen[0], len(is_shown_BF))
-        confidence = (target_BThw.amax(dim=1) * valid_Bhw).sum()
-        self._seen += torch.stack(
-            [images, is_shown_BF.any(dim=1).sum(), valid_Bhw.sum(), confidence]
-        )
-
     def summary(self, clock: Clock) -> dict[str, float]:
-        """Since the last one: how sure the pseudo labels are, and the share of the images without
-        masks that show no class as far as their labels or the classifier say.
-        """
-        images, shown, positions, confidence = dist.all_reduce_sum(self._seen.clone()).tolist()
-        self._seen.zero_()
-        if not images:
-            return {}
-        return {
-            "pseudo_label/confidence": confidence / max(positions, 1),
-            "pseudo_label/images_without_class": 1 - shown / images,
-        }
+        return self.tally.read()

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 
 class Network(nn.Module):
-    """stages: of the finer map, the last but one and the last. classifies: whether there is a
+    """trained [T] and foreground [F] are label-space ids; column [K]: where in T a class stands.
+
+    stages: of the finer map, the last but one and the last. classifies: whether there is a
     classifier; attends: whether its activations are refined.
     """
 
     trained: Tensor
+    column: Tensor
     foreground: Tensor
 
     def __init__(
@@ -49,6 +52,7 @@ class Network(nn.Module):
             fine, deep, num_classes, rates=config.rates, dim=config.dim, dropout=config.dropout
         )
         self.register_buffer("trained", table.trained, persistent=False)
+        self.register_buffer("column", torch.from_numpy(table.in_trained_K), persistent=False)
         self.register_buffer("foreground", table.foreground, persistent=False)
         self.classifier = nn.Linear(deep, num_classes) if classifies else None
         self.attention = None

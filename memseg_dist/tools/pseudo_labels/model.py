@@ -42,10 +42,17 @@ class CheckpointModel:
         self.checkpoint.verify(files)
         return name in manifest["memories"]
 
-    def segment(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def inference(self) -> Inference:
+        """As the run's validation looks at images."""
         usual = self.checkpoint.config.validation or ValidationConfig(path="")
-        inference = Inference.of(usual, self.label_space.vocabulary)
+        return Inference.of(usual, self.label_space.vocabulary)
+
+    def fitted(self, image: Tensor) -> Tensor:
+        return self.inference.fitted(image)
+
+    def segment(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         size, ids = (image.shape[-2], image.shape[-1]), classes.to(self.device)
-        small = inference.fitted(image).to(self.device)
+        small = self.fitted(image).to(self.device)
         with evaluation_mode(self.method):
-            return segment_confident(self.method.predict, small, ids, inference, size)
+            return segment_confident(self.method.predict, small, ids, self.inference, size)

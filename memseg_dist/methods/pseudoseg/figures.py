@@ -1,0 +1,36 @@
+"""What a run tells of its pseudo labels at log time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memseg_dist import dist
+
+
+class LabelTally:
+    """Sums over the slots since they were last read, on the device."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._sums = torch.zeros(4, device=device)
+
+    def add(self, is_shown_BF: Tensor, label_BThw: Tensor, valid_Bhw: Tensor) -> None:
+        """is_shown: the foreground classes of images without masks; label: their pseudo label."""
+        images = torch.full_like(self._sums[0], len(is_shown_BF))
+        confidence = (label_BThw.amax(dim=1) * valid_Bhw).sum()
+        self._sums += torch.stack(
+            [images, is_shown_BF.any(dim=1).sum(), valid_Bhw.sum(), confidence]
+        )
+
+    def read(self) -> dict[str, float]:
+        """How sure the pseudo labels are, and the share of the images that show no class as far as
+        their labels or the classifier say; {} without images. Starts afresh. Collective.
+        """
+        images, shown, positions, confidence = dist.all_reduce_sum(self._sums.clone()).tolist()
+        self._sums.zero_()
+        if not images:
+            return {}
+        return {
+            "pseudo_label/confidence": confidence / max(positions, 1),
+            "pseudo_label/images_without_class": 1 - shown / images,
+        }
