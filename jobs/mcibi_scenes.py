@@ -14,16 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from scenes_setup import AUGMENT, BACKBONE, NUM_OBJECTS
+from scenes_setup import AUGMENT, BACKBONE, FEW_STEPS, NUM_OBJECTS, base_validation, novel_classes
 
-from memseg_dist.config import (
-    Intervals,
-    LaunchConfig,
-    LoaderConfig,
-    OptimizerConfig,
-    RunConfig,
-    ValidationConfig,
-)
+from memseg_dist.config import LaunchConfig, RunConfig
 from memseg_dist.data.loader import Source
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.mcibi.config import MCIBIConfig
@@ -46,23 +39,16 @@ class Options(JobOptions):
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    novel = tuple(recipe("scenes").base_and_novel(NUM_OBJECTS)[1])
+    masks = f"{options.data}/masks"
     run = RunConfig(
         name="mcibi_scenes",
         storage="runs",
-        sources=(Source("masks", f"{options.data}/masks", "masks", 2, 8, AUGMENT, exclude=novel),),
+        sources=(Source("masks", masks, "masks", 2, 8, AUGMENT, exclude=novel_classes()),),
         method=METHOD,
         backbone=replace(BACKBONE, pretrained=options.backbone),
-        validation=ValidationConfig(
-            f"{options.data}/val", mode="whole", resize=(96, 96), exclude=novel
-        ),
-        steps=600,
-        optimizer=OptimizerConfig(
-            "adamw", lr=2e-3, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.3
-        ),
+        validation=base_validation(options.data),
         launch=LaunchConfig(workers=2),
-        loader=LoaderConfig(processes=1),
-        every=Intervals(log=25, evaluate=300, checkpoint=300),
+        **FEW_STEPS,
     )
     return {"train": run}
 

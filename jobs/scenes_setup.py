@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from memseg_dist.config import Intervals, LoaderConfig, OptimizerConfig, ValidationConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.nn.backbone import BackboneConfig
+from memseg_dist.tools.shipped import recipe
 
 NUM_OBJECTS = 24
 BACKBONE = BackboneConfig(
@@ -12,3 +16,25 @@ BACKBONE = BackboneConfig(
 """1.1 M weights; 12 x 12 positions of 96-pixel scenes."""
 AUGMENT = AugmentConfig(resize=(96, 96), scale_range=(1.0, 1.0), crop=96, photometric=False)
 """Flips alone: the scenes draw their own scales, colours and light."""
+
+
+def novel_classes() -> tuple[str, ...]:
+    """Uids of the classes that no mask of the training scenes shows."""
+    return tuple(recipe("scenes").base_and_novel(NUM_OBJECTS)[1])
+
+
+def base_validation(data: str) -> ValidationConfig:
+    """Of the scenes in the folder `data`, over the classes that masks teach."""
+    novel = novel_classes()
+    return ValidationConfig(f"{data}/val", mode="whole", resize=(96, 96), exclude=novel)
+
+
+FEW_STEPS: dict[str, Any] = {
+    "steps": 600,
+    "optimizer": OptimizerConfig(
+        "adamw", lr=2e-3, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.3
+    ),
+    "loader": LoaderConfig(processes=1),
+    "every": Intervals(log=25, evaluate=300, checkpoint=300),
+}
+"""A run of a few minutes on a pretrained backbone."""
