@@ -92,7 +92,7 @@ def is_reference(path: str) -> bool:
 
 
 def read_by(stage: Stage) -> list[str]:
-    """The stages whose results it reads, in the order of its fields; where it writes is not read."""
+    """The stages whose results it reads, in the order of its fields; `out` is not read."""
     fields = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
     texts = _texts([value for name, value in fields.items() if name != "out"])
     named = [text.removeprefix(_REFERENCE).split("/", 1)[0] for text in texts if is_reference(text)]

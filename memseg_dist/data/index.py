@@ -139,12 +139,13 @@ class Index:
 
     def rows_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """The row of each key, -1 for a key that these shards lack."""
-        place = pc.index_in(self._column("key"), value_set=pa.array(keys, pa.string()))
-        places = place.fill_null(-1).to_numpy()  # per row: which of the keys it has
-        rows = np.full(len(keys), -1, dtype=np.int64)
+        asked = pa.array(keys, pa.string())
+        unique = asked.unique()
+        places = pc.index_in(self._column("key"), value_set=unique).fill_null(-1).to_numpy()
+        rows = np.full(len(unique), -1, dtype=np.int64)
         found = np.flatnonzero(places >= 0)
         rows[places[found]] = found
-        return rows
+        return rows[pc.index_in(asked, value_set=unique).to_numpy()]
 
     def only(self, keys: Sequence[str]) -> Index:
         """The index as it would be if the shards held these samples alone, in the shards' order.

@@ -121,6 +121,13 @@ def test_check_shards_looks_at_the_parts_own(root):
         fourth.check_shards()
 
 
+def test_rows_of_keys_in_any_order(root):
+    keys = ["image0016", "nobody", "image0002", "image0016"]
+    assert Index.open(root).rows_of(keys).tolist() == [16, -1, 2, 16]
+    assert Index.open(root).only(KEYS).rows_of(keys).tolist() == [6, -1, 1, 6]
+    assert Index.open(root).rows_of([]).tolist() == []
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
