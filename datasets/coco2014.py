@@ -1,10 +1,12 @@
 """COCO 2014 to shards for weak supervision: OUT/train (image labels), OUT/val (masks).
 
     python datasets/coco2014.py --root coco --out shards/coco2014
+    python datasets/coco2014.py --root coco --out shards/coco2017 --year 2017 --with-masks
 
 ROOT holds the official train2014/*.jpg, val2014/*.jpg and in annotations/ the files
 instances_{train,val}2014.json (82,783 + 40,504 images, 19 GB). The 80 classes are in the order of
-COCO's ids, after "background".
+COCO's ids, after "background". --year 2017: the same images divided otherwise, 118,287 + 5,000,
+which with masks are what `memseg data split --protocol coco` draws of.
 
 Image labels are the classes of all instances, crowds too: a crowd of people shows people. Images
 without an instance are kept, with no label, and counted. Masks are painted from the instances in
@@ -67,6 +69,8 @@ class Coco2014:
     splits: tuple[Split, ...] = ("train", "val")
     with_masks: bool = False
     """Write the masks of train too."""
+    year: Literal[2014, 2017] = 2014
+    """Whose division into train and val; read from train<year>/, val<year>/ and their lists."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def build(recipe: Coco2014) -> list[BuildReport]:
 
 def build_official(recipe: Coco2014, name: Split, vocabulary: Vocabulary) -> BuildReport:
     options = recipe.options
-    images = list_split(recipe.root, name, vocabulary, name == "val" or recipe.with_masks)
+    folder, with_masks = f"{name}{recipe.year}", name == "val" or recipe.with_masks
+    images = list_split(recipe.root, folder, vocabulary, with_masks)
     unlabelled = sum(not image.labels for image in images)
     print(f"{name}: {len(images):,} images, {unlabelled:,} of them without an instance")
     chunks = cut_into_shards(
@@ -111,10 +116,10 @@ def build_official(recipe: Coco2014, name: Split, vocabulary: Vocabulary) -> Bui
 
 
 def list_split(
-    root: Path, name: Split, vocabulary: Vocabulary, with_masks: bool
+    root: Path, folder: str, vocabulary: Vocabulary, with_masks: bool
 ) -> list[Annotated]:
-    """The split's images by name; ValueError naming an image that is not there."""
-    path = root / "annotations" / f"instances_{name}2014.json"
+    """The images of a folder, such as "val2014", by name; ValueError naming one that is missing."""
+    path = root / "annotations" / f"instances_{folder}.json"
     content = read_json(path)
     class_of = _classes(content["categories"], vocabulary, path)
     instances: dict[int, list[dict[str, Any]]] = {item["id"]: [] for item in content["images"]}
@@ -124,9 +129,9 @@ def list_split(
         instances[item["image_id"]].append(item)
     images = []
     for item in sorted(content["images"], key=lambda item: item["file_name"]):
-        file = root / f"{name}2014" / item["file_name"]
+        file = root / folder / item["file_name"]
         if not file.exists():
-            raise ValueError(f"{path}: image {file} is missing; unpack {name}2014.zip in {root}")
+            raise ValueError(f"{path}: image {file} is missing; unpack {folder}.zip in {root}")
         found = sorted(instances[item["id"]], key=lambda each: (-each["area"], each["id"]))
         objects = [[class_of[each["category_id"]], each["segmentation"]] for each in found]
         images.append(

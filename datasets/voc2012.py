@@ -17,6 +17,12 @@ image labels of weakly supervised segmentation), or with --labels-from masks tho
 "background" is a class of the masks and never an image label where no mask is written; a run on
 image labels takes train_aug, or a split that has masks with hide_mask=True and
 exclude=("background",). Value 255 is unknown.
+
+For training on a few masks, write those of train_aug: VOC's own train list is kept with its shards
+as the split "train", of which PseudoSeg draws.
+
+    python datasets/voc2012.py --root ... --out shards/voc2012 --with-masks
+    memseg data split shards/voc2012/train_aug --protocol voc --within train
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
 from memseg_dist.tools.recipe import (
@@ -38,6 +45,7 @@ from memseg_dist.tools.recipe import (
     read_names,
     read_pixels,
 )
+from memseg_dist.tools.splits import write_splits
 
 VOCABULARY = Path(__file__).parent / "vocabularies" / "voc_21.json"
 COUNTS = {"train_aug": 10_582, "train": 1_464, "val": 1_449}
@@ -82,7 +90,20 @@ def build(recipe: Voc2012) -> list[BuildReport]:
                 labels_only=labels_only,
             )
         )
+        if name == "train_aug":
+            keep_train_list(recipe)
     return reports
+
+
+def keep_train_list(recipe: Voc2012) -> None:
+    """The split "train" of train_aug: VOC's own list, without what was not written."""
+    out = str(recipe.options.out / "train_aug")
+    names = _listed(recipe.root, "train")
+    rows = Index.open(out).rows_of(names)
+    keys = [name for name, row in zip(names, rows, strict=True) if row >= 0]
+    if keys:
+        write_splits(out, {"train": keys}, overwrite=True)
+    print(f"train_aug: the split 'train' has {counted(len(keys), COUNTS['train'])}")
 
 
 def _counted(name: str, pictures: list[Picture]) -> str:

@@ -19,6 +19,7 @@ from memseg_dist.checks import check_numbers, check_pairs, check_scales, require
 from memseg_dist.data.augment import height_and_width
 from memseg_dist.data.files import absolute
 from memseg_dist.data.loader import Source
+from memseg_dist.data.splits import is_path
 from memseg_dist.methods import kinds  # noqa: F401 (fills MethodConfig.kinds)
 from memseg_dist.methods.method import MethodConfig
 from memseg_dist.nn.backbone import BackboneConfig
@@ -328,6 +329,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
                 source,
                 path=absolute(source.path),
                 saliency=source.saliency and absolute(source.saliency),
+                split=_absolute_split(source.split),
+                pseudo_masks=source.pseudo_masks and absolute(source.pseudo_masks),
             )
             for source in config.sources
         ),
@@ -335,6 +338,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         validation=validation and replace(validation, path=absolute(validation.path)),
         loader=replace(config.loader, cache_dir=cache_dir and absolute(cache_dir)),
     )
+
+
+def _absolute_split(split: str | None) -> str | None:
+    return absolute(split) if split is not None and is_path(split) else split
 
 
 def to_json(config: RunConfig) -> str:

@@ -32,11 +32,12 @@ from memseg_dist.data.schema import INDEX_NAME
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.launch import build_mlflow, launch, provenance
 from memseg_dist.platforms.process import RunFailed
-from memseg_dist.stages import ExportConfig, LabelConfig, Stage, resolved, result_of
+from memseg_dist.stages import ExportConfig, LabelConfig, Stage, read_by, resolved, result_of
 from memseg_dist.tools import miniature
 from memseg_dist.tools.export import export_backbone
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pseudo_labels import label
+from memseg_dist.train.load_model import has_checkpoint
 from memseg_dist.train.platform import Tracker
 
 _MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
@@ -147,10 +148,14 @@ def run_stages(
     What can fail early fails before the first one: ValueError. may_be_unknown: go on with pseudo
     labels that say nothing.
     """
-    stages = resolved(stages)
     names = [*stages] if selected is None else selected
+    read = {name: read_by(stages[name]) for name in names}
+    stages = resolved(stages)
     for name in names:
         check_stage(name, stages)
+        for earlier in read[name]:
+            if earlier not in names:
+                check_is_there(earlier, stages[earlier], name)
     for number, name in enumerate(names, 1):
         stage = stages[name]
         if len(stages) > 1:
@@ -185,6 +190,20 @@ def check_stage(name: str, stages: Mapping[str, Stage]) -> None:
     if stage.data not in map(result_of, stages.values()):  # else it is not written yet
         ensure_indexed([stage.data])
         stage.labeller.check_data(Index.open(stage.data).key(0))
+
+
+def check_is_there(name: str, stage: Stage, reader: str) -> None:
+    """ValueError if the stage `name`, whose result the stage `reader` needs, has not been run."""
+    where = result_of(stage)
+    if isinstance(stage, RunConfig):
+        is_there = has_checkpoint(where)
+    else:
+        is_there = exists(join(where, INDEX_NAME) if isinstance(stage, LabelConfig) else where)
+    if not is_there:
+        raise ValueError(
+            f"stage {reader!r} reads the result of stage {name!r}, which is not at {where} and not "
+            f"among the stages to run; begin with it: --start-at {name}"
+        )
 
 
 def run_labels(stage: LabelConfig, stages: Mapping[str, Stage], may_be_unknown: bool) -> None:

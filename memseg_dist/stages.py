@@ -11,7 +11,7 @@ Which it is follows the stage's flags, because references are replaced after the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -91,6 +91,25 @@ def result(name: str) -> str:
 
 def is_reference(path: str) -> bool:
     return path.startswith(_REFERENCE)
+
+
+def read_by(stage: Stage) -> list[str]:
+    """The stages whose results it reads, in the order of its fields; `out` is not read."""
+    fields = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
+    texts = _texts([value for name, value in fields.items() if name != "out"])
+    named = [text.removeprefix(_REFERENCE).split("/", 1)[0] for text in texts if is_reference(text)]
+    return list(dict.fromkeys(named))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a tree of dataclasses and sequences."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _texts(part)
+    elif dataclasses.is_dataclass(value):
+        yield from _texts([getattr(value, f.name) for f in dataclasses.fields(value)])
 
 
 def resolved(stages: Mapping[str, Stage]) -> dict[str, Stage]:

@@ -162,6 +162,15 @@ def test_paths_become_absolute_and_urls_stay(config, tmp_path, monkeypatch):
     absolute = with_absolute_paths(dataclasses.replace(config, sources=with_maps))
     found = [source.saliency for source in absolute.sources]
     assert found == [str(tmp_path / "maps"), "s3://bucket/maps"]
+    with_lists = tuple(
+        dataclasses.replace(source, split=split, pseudo_masks=masks)
+        for source, split, masks in zip(
+            config.sources, ("1_16", "lists/1_16.txt"), ("masks", None), strict=True
+        )
+    )
+    absolute = with_absolute_paths(dataclasses.replace(config, sources=with_lists))
+    found = [(source.split, source.pseudo_masks) for source in absolute.sources]
+    assert found == [("1_16", str(tmp_path / "masks")), (str(tmp_path / "lists/1_16.txt"), None)]
 
 
 def test_a_url_cannot_hold_the_cache(config):

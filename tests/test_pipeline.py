@@ -16,14 +16,19 @@ import toy_job
 from safetensors.torch import load_file
 
 from memseg_dist.config import RunConfig, ValidationConfig
+from memseg_dist.data.augment import AugmentConfig
+from memseg_dist.data.index import Index
 from memseg_dist.data.loader import Source
+from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.methods.labeller import ArgmaxLabeller
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.rca.fusion import FusionConfig
 from memseg_dist.methods.rca.labeller import ActivationLabeller
+from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.nn.backbone import BackboneConfig, build_backbone
 from memseg_dist.pipeline import JobOptions, main, parse, run_stages
-from memseg_dist.stages import ExportConfig, LabelConfig, resolved, result
-from memseg_dist.tools.miniature import draw_miniature
+from memseg_dist.stages import ExportConfig, LabelConfig, read_by, resolved, result
+from memseg_dist.tools.miniature import draw_miniature, draw_split, shrunk
 
 TOYS = toy_job.vocabularies(toy_job.Options())["toys"]
 
@@ -209,7 +214,102 @@ def test_smoke_draws_what_it_needs_and_follows_the_references(tmp_path, monkeypa
     assert pretrained == str((train / "weights/backbone.safetensors").resolve())
 
 
+def two_stages(options: JobOptions) -> dict:
+    """A few masks; what was learned labels all images; the same few masks beside these labels."""
+    run = toy_job.stages(toy_job.Options())["train"]
+    few = Source("few", "shards", "masks", 1, 2, split="lists/1_2.txt")
+    images = Source("images", "shards", "masks", 3, 2, AugmentConfig(flip=0.5))
+    first = replace(run, name="first", method=SegmentConfig(head="linear"), sources=(few,))
+    labels = LabelConfig(
+        result("first"), "shards", result("first") + "/labels", ArgmaxLabeller(threshold=0.0),
+        workers=0,
+    )  # fmt: skip
+    pseudo = result("labels")
+    sources = (replace(few, slots=7, pseudo_masks=pseudo), replace(images, pseudo_masks=pseudo))
+    return {"first": first, "labels": labels, "second": replace(first, name="s", sources=sources)}
+
+
+def test_smoke_draws_splits_and_keeps_pseudo_masks_of_a_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    classes = Vocabulary(tuple(Category(f"toy:{n}", f"toy {n}") for n in range(20)))
+
+    def vocabularies(_):
+        return {"few": classes, "images": classes}
+
+    main(JobOptions, two_stages, vocabularies, None, ["--smoke"])
+    first, second = sorted(Path("runs").iterdir())
+    sources = json.loads((second / "config.json").read_text())["sources"]
+    shards = str((first / "data/few").resolve())
+    assert {source["path"] for source in sources} == {shards}  # the same shards, as they were
+    assert {source["pseudo_masks"] for source in sources} == {str((first / "labels").resolve())}
+    assert [source["split"] for source in sources] == ["1_2", None]
+    index = Index.open(shards)
+    few = index.only(Path(shards, "splits/1_2.txt").read_text().split())
+    assert (len(index), len(few)) == (8, 7)  # of half the images too few for the slots
+    assert (few.class_image_counts(20) > 0).all()
+    assert (second / "checkpoints/step-00000004/manifest.json").exists()
+
+
+def test_the_split_of_smoke_shows_every_class_or_is_half(tmp_path):
+    for num_classes, with_masks, num_slots, expected in (
+        (20, True, 1, 5),
+        (20, False, 1, 4),
+        (4, True, 1, 4),
+        (4, False, 6, 6),
+    ):
+        classes = Vocabulary(tuple(Category(f"toy:{n}", f"toy {n}") for n in range(num_classes)))
+        root = tmp_path / f"{num_classes}-{with_masks}-{num_slots}"
+        draw_miniature(root, classes, with_masks=with_masks)
+        draw_split(str(root / "splits/a.txt"), Index.open(root), num_slots)
+        keys = (root / "splits/a.txt").read_text().split()
+        assert keys == [*Index.open(root).all_keys()][:expected]
+
+
+def test_smoke_takes_the_masks_for_pseudo_masks_that_no_stage_writes():
+    run = toy_job.stages(toy_job.Options())["train"]
+    source = Source("toys", "data", "none", split="1_4", pseudo_masks="elsewhere")
+    written = Source("more", result("labels"), "masks", split="1_4")
+    small = shrunk({"train": replace(run, sources=(source, written))})["train"]
+    ours, theirs = small.sources
+    assert ours.pseudo_masks == ours.path and ours.path.endswith("/data/toys")
+    assert (ours.split, theirs.split, theirs.path) == ("1_4", None, result("labels"))
+
+
 # ------------------------------------------------------------------ early checks
+
+
+@pytest.mark.parametrize("start_at", ["labels", "second"])
+def test_a_stage_whose_input_is_not_there_fails_before_the_first(folder, start_at):
+    stages = two_stages(JobOptions())
+    names = [*stages][[*stages].index(start_at) :]
+    missing = {"labels": "first", "second": "labels"}[start_at]
+    message = (
+        f"stage '{start_at}' reads the result of stage '{missing}', which is not at .*runs/first"
+        f".* not among the stages to run; begin with it: --start-at {missing}"
+    )
+    draw_miniature(Path("shards"), TOYS, with_masks=True, size=40)
+    with pytest.raises(ValueError, match=message):
+        run_stages(stages, names)
+    assert not Path("runs").exists()
+    (folder / "runs/first/labels").mkdir(parents=True)  # a folder alone is no result
+    with pytest.raises(ValueError, match=message):
+        run_stages(stages, names)
+
+
+def test_an_export_that_is_not_there_is_missed(folder):
+    message = r"stage 'tune' reads .* 'export', which is not at .*weights/backbone\.safetensors"
+    with pytest.raises(ValueError, match=message):
+        run_stages(parsed(), ["tune"])
+    assert "'export' reads the result of stage 'train'" in error_of("--start-at", "export")
+    assert not Path("runs").exists()
+
+
+def test_what_a_stage_reads():
+    stages = two_stages(JobOptions())
+    assert {name: read_by(stage) for name, stage in stages.items()} == {
+        "first": [], "labels": ["first"], "second": ["labels"],
+    }  # fmt: skip
+    assert read_by(LabelConfig("runs/x", "data", result("first") + "/labels")) == []
 
 
 def labelling(**changes) -> dict:

@@ -11,6 +11,7 @@ from tyro.extras import SubcommandApp
 
 from memseg_dist.cli import bank, predict, score
 from memseg_dist.cli.label import label_command
+from memseg_dist.cli.split import split
 from memseg_dist.data.index import Index
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.verify import verify
@@ -46,9 +47,10 @@ def commands(arguments: Sequence[str]) -> SubcommandApp:
     of_bank.command(name="inspect")(bank.inspect)
     of_bank.command(name="search")(bank.search)
     of_data.command(name="index")(data_index)
+    of_data.command(name="split")(split)
     of_data.command(name="verify")(data_verify)
     app.command(of_bank, name="bank", help="Look into the memory of a run.")
-    app.command(of_data, name="data", help="Index and check data sets.")
+    app.command(of_data, name="data", help="Index, check and split data sets.")
     return app
 
 

@@ -1,4 +1,4 @@
-"""Paired augmentation of an image, its mask and its saliency (LarvSeg's training pipeline).
+"""Paired augmentation of an image, its masks and its saliency (LarvSeg's training pipeline).
 
 Resize, random crop, flip, rotation, photometric distortion, padding to the crop at the right and
 bottom. All randomness comes from the one seed that a call is given; no global generator is used or
@@ -90,8 +90,8 @@ class Augmented(NamedTuple):
     """One crop and where it lies.
 
     image uint8 [3, Y, X]; valid bool [Y, X], False on padding; mask int32 [Y, X] or None; saliency
-    float32 [Y, X] in 0..1, -1 on padding, or None. crop_box: with `rotate`, where the crop lay
-    before it was turned.
+    float32 [Y, X] in 0..1, -1 on padding, or None; pseudo_mask as mask. crop_box: with `rotate`,
+    where the crop lay before it was turned.
     """
 
     image: Tensor
@@ -99,6 +99,7 @@ class Augmented(NamedTuple):
     mask: Tensor | None
     crop_box: CropBox
     saliency: Tensor | None = None
+    pseudo_mask: Tensor | None = None
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -165,11 +166,13 @@ def augment(
     seed: int,
     crop_by_mask: bool = True,
     saliency: Tensor | None = None,
+    pseudo_mask: Tensor | None = None,
 ) -> Augmented:
     """image uint8 [3, H, W], mask int32 [H, W] -> one training crop, a pure function of the rest.
 
-    crop_by_mask: whether `category_max_ratio` may look at the mask. saliency: uint8 [H, W], cut as
-    the mask is; nothing is drawn for it, so the crop is the same with and without.
+    crop_by_mask: whether `category_max_ratio` may look at the mask. saliency: uint8 [H, W] and
+    pseudo_mask: int [H, W], cut as the mask is; nothing is drawn for them and no crop is chosen by
+    them, so it is the same with and without.
     """
     draw = random.Random(seed)  # its stream is the same in every version of Python
     crop = crop_height, crop_width = config.crop_size
@@ -220,6 +223,7 @@ def augment(
         mask=None if mask is None else padded(mask[row, column], IGNORE),
         crop_box=crop_box,
         saliency=None if saliency is None else padded(saliency[row, column].float() / 255, -1),
+        pseudo_mask=None if pseudo_mask is None else padded(pseudo_mask[row, column], IGNORE),
     )
 
 

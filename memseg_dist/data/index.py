@@ -7,7 +7,8 @@ process maps the same files, so 14 million rows cost a process what it touches.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from memseg_dist.batch import derive_seed
@@ -40,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Index:
-    """The rows of one data set split, sorted by shard. `Index.open` makes one.
+    """The rows of one data set, sorted by shard. `Index.open` makes one.
 
     shard_names: paths relative to `root`, or whole paths where the index lies elsewhere.
     shard_sizes: int64, samples per shard. shard_starts: int64 [num_shards + 1], the first row of
@@ -125,8 +127,50 @@ class Index:
 
     def all_keys(self) -> Iterator[str]:
         """Of all rows, many times faster than one by one."""
-        for chunk in self._rows["key"].chunks:
+        for chunk in self._column("key").chunks:
             yield from chunk.to_pylist()
+
+    def numbers(self, column: str) -> NDArray[Any]:
+        """[rows]: a column of numbers, as "mask_size" or "width"."""
+        return self._column(column).to_numpy()
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._rows[name]
+
+    def rows_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """The row of each key, -1 for a key that these shards lack."""
+        asked = pa.array(keys, pa.string())
+        unique = asked.unique()
+        places = pc.index_in(self._column("key"), value_set=unique).fill_null(-1).to_numpy()
+        rows = np.full(len(unique), -1, dtype=np.int64)
+        found = np.flatnonzero(places >= 0)
+        rows[places[found]] = found
+        return rows[pc.index_in(asked, value_set=unique).to_numpy()]
+
+    def only(self, keys: Sequence[str]) -> Index:
+        """The index as it would be if the shards held these samples alone, in the shards' order.
+
+        ValueError for no keys, a key that is given twice, or keys that the shards lack.
+        """
+        return IndexPart(self, self._rows_of_set(keys))
+
+    def _rows_of_set(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        """The keys' rows, ascending. ValueError as `only`."""
+        if not keys:
+            raise ValueError("it names no keys; write one key a line")
+        twice = sorted(key for key, count in Counter(keys).items() if count > 1)
+        if twice:
+            raise ValueError(
+                f"{len(twice)} keys are given more than once: {some(twice)}; name each one once"
+            )
+        rows = self.rows_of(keys)
+        missing = [key for key, row in zip(keys, rows.tolist(), strict=True) if row < 0]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of its {len(keys)} keys are not in the shards at {self.root}: "
+                f"{some(missing)}; take them out, or name the shards that the list was made for"
+            )
+        return np.sort(rows)
 
     def labels(self, number: int) -> tuple[int, ...]:
         first, last = self.labels_offsets[number : number + 2]
@@ -157,6 +201,63 @@ class Index:
                     f"shard {path} is cut short: {path.stat().st_size} bytes, but sample "
                     f"{row.key!r} ends at byte {end}; copy or write it again"
                 )
+
+
+class IndexPart(Index):
+    """Some rows of an index under the interface of a whole one; what it costs is those rows.
+
+    whole: a whole index. kept: its row numbers, ascending.
+    """
+
+    def __init__(self, whole: Index, kept: NDArray[np.int64]) -> None:
+        self._whole, self._kept = whole, kept
+        self._folder, self._facts, self.root = whole._folder, whole._facts, whole.root
+        shard_of = np.searchsorted(whole.shard_starts, kept, side="right") - 1
+        counts = np.bincount(shard_of, minlength=len(whole.shard_names))
+        self.shard_names = [whole.shard_names[shard] for shard in np.flatnonzero(counts)]
+        self.shard_sizes = counts[counts > 0].astype(np.int64)
+        self.shard_starts = np.append(np.int64(0), np.cumsum(self.shard_sizes))
+        self.num_masks = int((self.numbers("mask_size") > 0).sum())
+        self.max_label = int(self.labels_values.max(initial=-1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IndexPart, (self._whole, self._kept)
+
+    def only(self, keys: Sequence[str]) -> Index:
+        return IndexPart(self._whole, self._kept[self._rows_of_set(keys)])
+
+    @cached_property
+    def labels_offsets(self) -> NDArray[np.int64]:
+        lengths = np.diff(self._whole.labels_offsets)[self._kept]
+        return np.append(np.int64(0), np.cumsum(lengths))
+
+    @cached_property
+    def labels_values(self) -> NDArray[np.int32]:
+        lengths = np.diff(self.labels_offsets)
+        moved = self._whole.labels_offsets[self._kept] - self.labels_offsets[:-1]
+        values = np.arange(self.labels_offsets[-1]) + np.repeat(moved, lengths)
+        return self._whole.labels_values[values]
+
+    def row(self, number: int) -> Row:
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.root}: row {number} of {len(self)} in this split")
+        return self._whole.row(int(self._kept[number]))
+
+    def key(self, number: int) -> str:
+        return self._whole.key(int(self._kept[number]))
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        parts, start = [], 0
+        for chunk in self._whole._column(name).chunks:
+            first, last = np.searchsorted(self._kept, (start, start + len(chunk)))
+            parts.append(chunk.take(pa.array(self._kept[first:last] - start)))
+            start += len(chunk)
+        return pa.chunked_array(parts)
+
+
+def some(keys: Sequence[str]) -> str:
+    """A few of the keys, for a message."""
+    return f"{', '.join(map(repr, keys[:3]))}{', ...' if len(keys) > 3 else ''}"
 
 
 def external_index_folder(root: str, cache: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.index import Index
-from memseg_dist.data.source import Source, kept_ids
+from memseg_dist.data.source import Source, kept_ids, open_index
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.layouts import Regions, image_id
 
@@ -17,14 +17,15 @@ from memseg_dist.memory.layouts import Regions, image_id
 def labelled_regions(
     sources: Sequence[Source], label_space: LabelSpace, cache_dir: str | Path
 ) -> Regions:
-    """Every (label-space id, image) pair of the sources, without the classes they exclude.
+    """Every (label-space id, image) pair of the sources, without the classes they exclude; a source
+    with supervision "none" has no pairs.
 
     About 2 s per million images. ValueError naming an image key that two samples have.
     """
     classes, images = [], []
     seen: list[np.ndarray] = []
-    for source in sources:
-        index = Index.open(source.path, cache_dir)
+    for source in _labelled(sources):
+        index = open_index(source, cache_dir)
         of_image = np.diff(index.labels_offsets)
         ids = np.fromiter((image_id(key) for key in index.all_keys()), np.int64, len(index))
         _check_unique(ids[of_image > 0], index, source, seen)
@@ -36,6 +37,11 @@ def labelled_regions(
         classes.append(pairs[:, 0])
         images.append(pairs[:, 1])
     return Regions.of_pairs(np.concatenate(classes), np.concatenate(images), len(label_space))
+
+
+def _labelled(sources: Sequence[Source]) -> list[Source]:
+    """Those whose labels may be looked at."""
+    return [source for source in sources if source.supervision != "none"]
 
 
 def _check_unique(
@@ -58,7 +64,7 @@ def _check_unique(
 def steps_per_epoch(sources: Sequence[Source], cache_dir: str | Path) -> int:
     """Steps of about an epoch of the longest source: its images over the images of a step."""
     return max(
-        -(-len(Index.open(source.path, cache_dir)) // (source.slots * source.batch_per_slot))
+        -(-len(open_index(source, cache_dir)) // (source.slots * source.batch_per_slot))
         for source in sources
     )
 
@@ -67,11 +73,12 @@ def image_counts(
     sources: Sequence[Source], label_space: LabelSpace, cache_dir: str | Path
 ) -> np.ndarray:
     """int64 [C]: how many images of the sources are labelled with each class, or show it in their
-    masks, from the indexes. What a source excludes is counted too.
+    masks, from the indexes. What a source excludes is counted too; a source with supervision "none"
+    is not.
     """
     counts = np.zeros(len(label_space), dtype=np.int64)
-    for source in sources:
+    for source in _labelled(sources):
         to_union = label_space.to_union[source.name]
-        index = Index.open(source.path, cache_dir)
+        index = open_index(source, cache_dir)
         np.add.at(counts, to_union, index.class_image_counts(len(to_union)))
     return counts

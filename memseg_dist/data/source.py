@@ -19,8 +19,10 @@ from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.decode import CorruptSample
 from memseg_dist.data.index import Index
 from memseg_dist.data.order import Draw
+from memseg_dist.data.pseudo_masks import PseudoMasks
 from memseg_dist.data.reader import Reader
 from memseg_dist.data.saliency import check_has_saliency, read_saliency
+from memseg_dist.data.splits import read_split, split_path
 from memseg_dist.data.vocabulary import LabelSpace
 
 
@@ -29,7 +31,10 @@ class Source:
     """One data set in a run and how its samples become batches.
 
     name: its key in the label space. path: a folder or fsspec URL with shards.
-    supervision: "masks" (every sample has one), "labels" (image labels only) or "none".
+    split: the name of a list of keys kept with the shards (`data.splits`), or a path to one; the
+    source is then these samples alone.
+    supervision: "masks" (every sample has one), "labels" (image labels only) or "none": neither
+    masks nor labels are looked at, whatever the shards have.
     labels_from: "index" = the labels of the whole image; "crop" = the classes in the augmented
     crop's mask at half its size, as LarvSeg does with ADE20K.
     hide_mask: use masks for nothing but `labels_from="crop"`, not even for choosing the crop.
@@ -38,6 +43,8 @@ class Source:
     shuffled together. on_corrupt: "skip" blanks a sample that cannot be read and counts it.
     saliency: folder or fsspec URL of 8-bit grey PNGs <key>.png of the images' sizes, 255 = salient,
     that are cut as the images are and become `Batch.saliency`.
+    pseudo_masks: folder or URL of shards with masks of the same keys, as the label stage writes
+    them; they are cut as the images are and become `Batch.pseudo_masks`, whatever `supervision`.
     swap_on_flip: pairs of label-space uids that a mirror turns into each other, as a left and a
     right arm: masks and labels of a flipped crop are swapped.
     """
@@ -56,6 +63,8 @@ class Source:
     on_corrupt: Literal["raise", "skip"] = "raise"
     saliency: str | None = None
     swap_on_flip: tuple[tuple[str, str], ...] = ()
+    split: str | None = None
+    pseudo_masks: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
@@ -70,6 +79,17 @@ class Source:
             raise ValueError(
                 f"source {self.name!r}: supervision 'masks' with hide_mask; use 'labels' or 'none'"
             )
+        if self.supervision == "none" and self.repeat_threshold is not None:
+            raise ValueError(
+                f"source {self.name!r}: supervision 'none' with repeat_threshold "
+                f"{self.repeat_threshold}, which balances the classes by their labels; use None"
+            )
+        require(self.split != "", where + "split", "", "a name or a path, or None for all samples")
+
+    @property
+    def looks_at_masks(self) -> bool:
+        """Whether a mask is read at all."""
+        return self.supervision != "none" and (not self.hide_mask or self.labels_from == "crop")
 
 
 _CHOICES = {
@@ -86,13 +106,20 @@ class SourceReader:
         self, source: Source, label_space: LabelSpace, seed: int, cache_dir: Path, cache_bytes: int
     ) -> None:
         self.source = source
-        self.index = Index.open(source.path, cache_dir)
+        self.index = open_index(source, cache_dir)
         kept = kept_ids(source, label_space)
         check_source(source, self.index, len(kept))
         self._swap = swapped_ids(source, label_space)
         if source.saliency is not None:
             check_has_saliency(source.saliency, self.index.key(0))
-        self._reader = Reader(self.index, ShardCache(cache_dir / "shards", cache_bytes), kept)
+        shards = ShardCache(cache_dir / "shards", cache_bytes)
+        self._reader = Reader(self.index, shards, kept)
+        self._pseudo_masks = None
+        if source.pseudo_masks is not None:
+            self._pseudo_masks = PseudoMasks(
+                source.pseudo_masks, self.index, label_space, source.exclude, cache_dir, shards,
+                where=f"source {source.name!r}",
+            )  # fmt: skip
         self._seed = seed
 
     def batch(self, draws: Sequence[Draw]) -> Batch:
@@ -110,11 +137,13 @@ class SourceReader:
             crops.append(crop)
             labels.append(present)
             keys.append(key)
-        masks = saliency = None
+        masks = saliency = pseudo_masks = None
         if source.supervision == "masks":
             masks = torch.stack([known(crop.mask) for crop in crops]).long()
         if source.saliency is not None:
             saliency = torch.stack([known(crop.saliency) for crop in crops])
+        if source.pseudo_masks is not None:
+            pseudo_masks = torch.stack([known(crop.pseudo_mask) for crop in crops]).long()
         return Batch(
             images=torch.stack([crop.image for crop in crops]),
             valid=torch.stack([crop.valid for crop in crops]),
@@ -126,28 +155,59 @@ class SourceReader:
             skipped=skipped,
             crop_boxes=() if source.augment.rotate else tuple(crop.crop_box for crop in crops),
             saliency=saliency,
+            pseudo_masks=pseudo_masks,
         )
 
     def _sample(self, draw: Draw, key: str) -> tuple[Augmented, tuple[int, ...]]:
         source = self.source
-        from_crop = source.labels_from == "crop"
-        with_mask = not source.hide_mask or from_crop
-        image, mask, labels = self._reader.read(draw.row, with_mask)
-        saliency = None
+        image, mask, labels = self._reader.read(draw.row, source.looks_at_masks)
+        saliency = pseudo_mask = None
         if source.saliency is not None:
             saliency = read_saliency(source.saliency, key, (image.shape[1], image.shape[2]))
+        if self._pseudo_masks is not None:
+            pseudo_mask = self._pseudo_masks.read(draw.row)
         copy = (draw.copy,) if draw.copy else ()  # a repeat is augmented in its own way
         seed = derive_seed(self._seed, "augment", draw.epoch, key, *copy)
         by_mask = not source.hide_mask
-        crop = augment(image, mask, source.augment, seed, crop_by_mask=by_mask, saliency=saliency)
+        crop = augment(image, mask, source.augment, seed, by_mask, saliency, pseudo_mask)
         if crop.crop_box.flipped and self._swap:
-            mask = None if crop.mask is None else swap_ids(crop.mask, self._swap)
-            crop = crop._replace(mask=mask)
-            ids = torch.tensor(labels, dtype=torch.int64)
-            labels = tuple(sorted(swap_ids(ids, self._swap).tolist()))
+            crop, labels = self._swapped(crop, labels)
         if source.supervision == "none":
             return crop, ()
+        from_crop = source.labels_from == "crop"
         return crop, classes_at_half_size(known(crop.mask)) if from_crop else labels
+
+    def _swapped(
+        self, crop: Augmented, labels: tuple[int, ...]
+    ) -> tuple[Augmented, tuple[int, ...]]:
+        """What a mirror shows, with the classes of `swap_on_flip` in each other's place."""
+        mask, pseudo_mask = (
+            None if ids is None else swap_ids(ids, self._swap)
+            for ids in (crop.mask, crop.pseudo_mask)
+        )
+        ids = torch.tensor(labels, dtype=torch.int64)
+        swapped = tuple(sorted(swap_ids(ids, self._swap).tolist()))
+        return crop._replace(mask=mask, pseudo_mask=pseudo_mask), swapped
+
+
+def open_index(source: Source, cache_dir: str | Path) -> Index:
+    """The index of a source: of the samples of its split, if it has one.
+
+    ValueError for a split that is not there, or names keys that the shards lack.
+    """
+    index = Index.open(source.path, cache_dir)
+    if source.split is None:
+        return index
+    where = f"source {source.name!r}"
+    try:
+        keys = read_split(source.path, source.split)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    try:
+        return index.only(keys)
+    except ValueError as error:
+        path = split_path(source.path, source.split)
+        raise ValueError(f"{where}, split {path}: {error}") from error
 
 
 def known(pixels: Tensor | None) -> Tensor:
@@ -165,7 +225,7 @@ def _blank(size: tuple[int, int]) -> Augmented:
     mask = torch.full(size, IGNORE, dtype=torch.int32)
     valid = torch.zeros(size, dtype=torch.bool)
     image, saliency = torch.zeros(3, *size, dtype=torch.uint8), torch.full(size, -1.0)
-    return Augmented(image, valid, mask, UNREADABLE, saliency)
+    return Augmented(image, valid, mask, UNREADABLE, saliency, pseudo_mask=mask)
 
 
 def check_source(source: Source, index: Index, num_classes: int) -> None:
@@ -177,7 +237,8 @@ def check_source(source: Source, index: Index, num_classes: int) -> None:
             f"{where}: label {index.max_label} is outside the vocabulary of {num_classes} classes; "
             "use the vocabulary.json that was written with the shards"
         )
-    needs = source.supervision == "masks" or source.labels_from == "crop"
+    from_crop = source.supervision == "labels" and source.labels_from == "crop"
+    needs = source.supervision == "masks" or from_crop
     if needs and index.num_masks < len(index):
         raise ValueError(
             f"{where}: {len(index) - index.num_masks} of {len(index)} samples have no mask, which "

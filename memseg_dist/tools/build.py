@@ -32,6 +32,7 @@ from memseg_dist.data.schema import shard_name
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.recipe import (
     Picture,
+    ReadImage,
     ReadMask,
     Skipped,
     cut_into_shards,
@@ -123,8 +124,9 @@ def build_pictures(
     *,
     read_mask: ReadMask | None = None,
     labels_only: bool = False,
+    read_image: ReadImage | None = None,
 ) -> BuildReport:
-    """Shards of picture files (see `Picture`), cut by the options."""
+    """Shards of picture files (see `Picture`, `picture_samples`), cut by the options."""
     chunks = cut_into_shards(
         pictures,
         samples_per_shard=options.samples_per_shard,
@@ -134,6 +136,8 @@ def build_pictures(
         limit=options.limit,
     )
     make = functools.partial(picture_samples, read_mask=read_mask, labels_only=labels_only)
+    if read_image is not None:
+        make = functools.partial(make, read_image=read_image)
     return build_dataset(root, vocabulary, [ShardTask(make, chunk) for chunk in chunks], options)
 
 

@@ -13,9 +13,11 @@ from PIL import Image
 
 from memseg_dist.batch import derive_seed
 from memseg_dist.config import Intervals, RunConfig
-from memseg_dist.data.files import exists, join
+from memseg_dist.data.files import exists, join, write_atomically
+from memseg_dist.data.index import Index
 from memseg_dist.data.loader import Source
 from memseg_dist.data.schema import INDEX_NAME
+from memseg_dist.data.splits import split_name, split_path
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.stages import LabelConfig, Stage, is_reference
@@ -24,18 +26,21 @@ from memseg_dist.tools.shards import Sample, finish, write_shard
 
 def shrunk(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     """The same stages on miniature data, with their vocabularies, slots, memories and references
-    kept whole.
+    kept whole. Sources of the same shards stay sources of the same shards.
 
     What `draw` then draws has its place in the directory of the first run.
     """
     runs = [stage for stage in stages.values() if isinstance(stage, RunConfig)]
     suffix = f"-smoke-{time.strftime('%Y%m%d-%H%M%S')}"
     data = f"{runs[0].directory}{suffix}/data"
-    paths = {source.path: f"{data}/{source.name}" for run in runs for source in run.sources}
+    paths: dict[str, str] = {}
+    for source in (source for run in runs for source in run.sources):
+        here = source.path if is_reference(source.path) else f"{data}/{source.name}"
+        paths.setdefault(source.path, here)
     small: dict[str, Stage] = {}
     for name, stage in stages.items():
         if isinstance(stage, RunConfig):
-            stage = _shrunk_run(stage, data, suffix)
+            stage = _shrunk_run(stage, data, paths, suffix)
         elif isinstance(stage, LabelConfig):
             truth = paths.get(stage.truth) if stage.truth else None
             stage = replace(stage, data=paths.get(stage.data, stage.data), truth=truth)
@@ -43,7 +48,7 @@ def shrunk(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     return small
 
 
-def _shrunk_run(run: RunConfig, data: str, suffix: str) -> RunConfig:
+def _shrunk_run(run: RunConfig, data: str, paths: Mapping[str, str], suffix: str) -> RunConfig:
     validation = run.validation and replace(
         run.validation,
         path=f"{data}/{run.validation.name}",
@@ -57,7 +62,7 @@ def _shrunk_run(run: RunConfig, data: str, suffix: str) -> RunConfig:
     return replace(
         run,
         name=run.name + suffix,
-        sources=tuple(_shrunk_source(source, data) for source in run.sources),
+        sources=tuple(_shrunk_source(source, paths[source.path]) for source in run.sources),
         validation=validation,
         method=run.method.smoke(),
         backbone=BackboneConfig("test_vit", weights, image_size=64, drop_path=0.0),
@@ -68,29 +73,57 @@ def _shrunk_run(run: RunConfig, data: str, suffix: str) -> RunConfig:
     )
 
 
-def _shrunk_source(source: Source, data: str) -> Source:
-    path = source.path if is_reference(source.path) else f"{data}/{source.name}"
-    return replace(source, path=path, augment=replace(source.augment, crop=64, resize=(64, 64)))
+def _shrunk_source(source: Source, path: str) -> Source:
+    """Pseudo masks that no stage writes are the masks of the shards; nor does one write a split."""
+    is_written, pseudo_masks = is_reference(path), source.pseudo_masks
+    if pseudo_masks is not None and not is_reference(pseudo_masks):
+        pseudo_masks = path
+    return replace(
+        source,
+        path=path,
+        augment=replace(source.augment, crop=64, resize=(64, 64)),
+        split=None if is_written or source.split is None else split_name(source.split),
+        pseudo_masks=pseudo_masks,
+    )
 
 
 def draw(stages: Mapping[str, Stage], vocabularies: Mapping[str, Vocabulary]) -> None:
-    """Miniature shards for every source and validation set that is not there.
+    """Miniature shards for every source and validation set that is not there, and their splits.
 
     vocabularies: their classes, by the names of the sources and validation sets.
     """
-    for run in stages.values():
-        if not isinstance(run, RunConfig):
-            continue
-        wanted = {source.name: (source.path, _has_masks(source)) for source in run.sources}
-        if run.validation is not None:
-            wanted[run.validation.name] = (run.validation.path, True)
-        for name, (path, with_masks) in wanted.items():
-            if not is_reference(path) and not exists(join(path, INDEX_NAME)):
-                draw_miniature(Path(path), vocabularies[name], with_masks=with_masks)
+    runs = [stage for stage in stages.values() if isinstance(stage, RunConfig)]
+    sources = [source for run in runs for source in run.sources]
+    named = {source.path: source.name for source in reversed(sources)}
+    named |= {run.validation.path: run.validation.name for run in runs if run.validation}
+    with_masks = {source.path for source in sources if _has_masks(source)}
+    with_masks |= {run.validation.path for run in runs if run.validation}
+    for path, name in named.items():
+        if not is_reference(path) and not exists(join(path, INDEX_NAME)):
+            draw_miniature(Path(path), vocabularies[name], with_masks=path in with_masks)
+    slots: dict[str, tuple[str, int]] = {}
+    for source in (source for source in sources if source.split is not None):
+        path = split_path(source.path, source.split)
+        slots[path] = source.path, max(source.slots, slots.get(path, ("", 0))[1])
+    for path, (root, num_slots) in slots.items():
+        if not is_reference(root) and not exists(path):
+            draw_split(path, Index.open(root), num_slots)
 
 
 def _has_masks(source: Source) -> bool:
-    return source.supervision == "masks" or source.hide_mask or source.labels_from == "crop"
+    shown = source.supervision == "masks" or source.hide_mask or source.labels_from == "crop"
+    return shown or source.pseudo_masks == source.path
+
+
+def draw_split(path: str, index: Index, num_slots: int) -> None:
+    """The first half of the images and no fewer than slots, and so many that all classes of the
+    masks occur.
+    """
+    number = max(-(-len(index) // 2), num_slots)
+    if index.num_masks:
+        _, first = np.unique(index.labels_values, return_index=True)
+        number = max(number, int(np.searchsorted(index.labels_offsets, first, "right").max()))
+    write_atomically(path, "".join(f"{key}\n" for key in [*index.all_keys()][:number]).encode())
 
 
 def draw_miniature(root: Path, vocabulary: Vocabulary, *, with_masks: bool, size: int = 72) -> None:

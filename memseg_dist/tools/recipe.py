@@ -24,6 +24,7 @@ from memseg_dist.tools.shards import Sample
 
 Mask = NDArray[np.uint16]
 ReadMask = Callable[[str], Mask]
+ReadImage = Callable[[str], bytes]
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -51,14 +52,18 @@ class Skipped:
 
 
 def picture_samples(
-    pictures: Sequence[Picture], read_mask: ReadMask | None = None, labels_only: bool = False
+    pictures: Sequence[Picture],
+    read_mask: ReadMask | None = None,
+    labels_only: bool = False,
+    read_image: ReadImage | None = None,
 ) -> Iterator[Sample | Skipped]:
     """The pictures as Samples, one at a time.
 
-    labels_only: the classes of the mask become image labels and the mask itself is dropped.
+    read_image: the image file to store; by default as it is. labels_only: the classes of the mask
+    become image labels and the mask itself is dropped.
     """
     for picture in pictures:
-        content = read_file(picture.image)
+        content = (read_image or read_file)(picture.image)
         mask = read_mask(picture.mask) if read_mask and picture.mask else None
         labels = picture.labels
         if mask is not None and labels_only:

@@ -32,6 +32,7 @@ from torch import Tensor
 from memseg_dist import dist
 from memseg_dist.config import RunConfig
 from memseg_dist.data.files import is_url, join
+from memseg_dist.data.splits import split_name
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.jsonable import decode, encode, flatten
 from memseg_dist.memory.state import Reader, Rows, Stateful
@@ -262,7 +263,9 @@ def _identity(config: RunConfig) -> dict[str, str]:
     value = {k: v for k, v in encode(config).items() if k not in (*FREE_KEYS, "every", "relabel")}
     for source in value["sources"]:
         source.pop("path")
-        source["saliency"] = source["saliency"] is not None  # whether, not where
+        for name in ("saliency", "pseudo_masks"):
+            source[name] = source[name] is not None  # whether, not where
+        source["split"] = source["split"] and split_name(source["split"])
     value["backbone"].pop("pretrained")  # where the first weights came from
     return flatten(value)
 

@@ -29,15 +29,24 @@ class Model:
 
 def find_checkpoint(path: str) -> Checkpoint:
     """The checkpoint `path`, or the newest whole one of the run `path`."""
-    if exists(join(path, MANIFEST)):
-        return Checkpoint(path)
-    found = latest(join(path, "checkpoints")) or latest(path)
+    found = _find(path)
     if found is None:
         raise ValueError(
             f"--checkpoint {path}: no whole checkpoint there; give a run's directory or one of its "
             "checkpoints/step-*"
         )
     return Checkpoint(found)
+
+
+def has_checkpoint(path: str) -> bool:
+    """Whether `find_checkpoint` finds one."""
+    return _find(path) is not None
+
+
+def _find(path: str) -> str | None:
+    if exists(join(path, MANIFEST)):
+        return path
+    return latest(join(path, "checkpoints")) or latest(path)
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, with_memories: bool = False) -> Model:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from memseg_dist.batch import IGNORE
+from memseg_dist.data.evalset import EvalDataset
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import LabelSpace, Vocabulary
 
@@ -105,6 +107,32 @@ def test_every_label_id(cityscapes, tmp_path, picture_files):
     path = tmp_path / "x_gtFine_labelTrainIds.png"
     picture_files[1](path, np.array([[*range(19), 255]]))
     assert cityscapes.read_mask(str(path)).tolist() == [[*range(19), 65535]]
+
+
+def test_halved_images_are_means_and_labels_majorities(cityscapes, root, options, picture_files):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 16, 3)).astype(np.uint8)
+    labels = rng.integers(0, 3, (12, 16))
+    labels[:2, :2], labels[:2, 2:4] = [[1, 255], [255, 0]], [[2, 1], [0, 1]]
+    name = "leftImg8bit/val/frankfurt/" + FRANKFURT + "_leftImg8bit.png"
+    Image.fromarray(pixels).save(root / name)
+    path = root / "gtFine/val/frankfurt" / f"{FRANKFURT}_gtFine_labelTrainIds.png"
+    picture_files[1](path, labels)
+    recipe = cityscapes.Cityscapes(root, options(verify=True), ("val",), half=True)
+    cityscapes.build(recipe)
+    space = LabelSpace.union({"val": Vocabulary.load(cityscapes.VOCABULARY)})
+    (item,) = EvalDataset(options().out / "val", space, "val", resize=None)
+    for row, column in np.ndindex(6, 8):
+        block = np.s_[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        mean = pixels[block].reshape(4, 3).astype(int).sum(0) / 4
+        assert (np.floor(mean + 0.5) == item.image[:, row, column].numpy()).all()
+        values, counts = np.unique(labels[block], return_counts=True)
+        found = int(item.truth[row, column])
+        assert counts[values == (255 if found == IGNORE else found)] == counts.max()
+    assert item.truth[0, :2].tolist() == [IGNORE, 1]
+    Image.new("RGB", (15, 12)).save(root / name)
+    with pytest.raises(ValueError, match=r"_leftImg8bit\.png is 15 x 12 pixels; --half needs even"):
+        cityscapes.build(dataclasses.replace(recipe, options=options(out=root / "odd")))
 
 
 def test_the_full_count_is_not_complained_about(cityscapes, root, options, monkeypatch, capsys):

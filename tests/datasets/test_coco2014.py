@@ -116,6 +116,26 @@ def test_masks_of_train(coco, root, options, read_back):
     assert (train["COCO_train2014_000000000005"][2] == CAR).sum() == 16
 
 
+def test_the_division_of_2017(coco, root, options, read_back):
+    """The same kind of files under other names; the keys are the files' names."""
+    for split in ("train", "val"):
+        old = root / "annotations" / f"instances_{split}2014.json"
+        content = old.read_text().replace(f"COCO_{split}2014_", "")
+        (root / "annotations" / f"instances_{split}2017.json").write_text(content)
+        old.unlink()
+        for path in [*(root / f"{split}2014").iterdir()]:
+            new = root / f"{split}2017" / path.name.removeprefix(f"COCO_{split}2014_")
+            new.parent.mkdir(exist_ok=True)
+            path.rename(new)
+    coco.build(coco.Coco2014(root, options(), with_masks=True, year=2017))
+    train = read_back(options().out / "train")
+    assert sorted(train) == ["000000000005", "000000000007", "000000000009"]
+    assert (train["000000000005"][2] == CAR).sum() == 16
+    assert len(read_back(options().out / "val")) == 3
+    with pytest.raises(ValueError, match=r"instances_train2014\.json"):
+        coco.build(coco.Coco2014(root, options(overwrite=True)))
+
+
 def by_ray_casting(corners, height, width):
     """The slow definition: cross the outline an odd number of times on the way from the left."""
     inside = np.zeros((height, width), bool)

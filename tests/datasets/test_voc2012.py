@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from memseg_dist.cli import main
 from memseg_dist.data.index import Index
+from memseg_dist.data.source import Source, open_index
 from memseg_dist.data.vocabulary import LabelSpace, Vocabulary
 
 CAT, DOG, PERSON = 8, 12, 15
@@ -132,6 +134,29 @@ def test_masks_of_the_augmented_set(voc, augmented, options, read_back):
     assert written["2008_000002"][1] == [0, CAT, DOG, PERSON]
     assert written["2008_000002"][2][9, 3] == DOG
     assert written["2007_000039"][2][9, 3] == CAT
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_vocs_own_list_is_a_split_of_the_augmented_set(voc, augmented, options, with_masks, capsys):
+    recipe = voc.Voc2012(augmented, options(), splits=("train_aug",), with_masks=with_masks)
+    voc.build(recipe)
+    voc.build(recipe)  # going on with what is there
+    out = options().out / "train_aug"
+    assert (out / "splits/train.txt").read_text().split() == TRAIN
+    assert "the split 'train' has 2 images, NOT the 1,464" in capsys.readouterr().out
+    main(["data", "split", str(out), "1", "--within", "train"])
+    (key,) = (out / "splits/1-seed0.txt").read_text().split()
+    assert key in TRAIN
+    source = Source("voc", str(out), "masks" if with_masks else "labels", split="train")
+    index = open_index(source, options().out / "cache")
+    assert (len(index), index.num_masks) == (2, 2 * with_masks)
+
+
+def test_a_small_set_has_what_it_holds_of_the_list(voc, augmented, options):
+    voc.build(voc.Voc2012(augmented, options(limit=3), splits=("train_aug",)))
+    out = options().out / "train_aug"
+    keys = (out / "splits/train.txt").read_text().split()
+    assert {*keys} == {*TRAIN} & {*Index.open(out).all_keys()} and len(keys) < 3
 
 
 def test_sbd_lists_alone_give_image_labels(voc, root, sbd, options, read_back, monkeypatch):

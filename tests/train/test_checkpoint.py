@@ -184,6 +184,25 @@ def test_maps_may_move_but_not_come_or_go(tmp_path):
         check_same_run(Checkpoint(path), config(None), LABELS)
 
 
+def test_lists_may_move_but_a_split_keeps_its_name(tmp_path):
+    def config(split, pseudo_masks):
+        made = tiny_config()
+        changes = {"split": split, "pseudo_masks": pseudo_masks}
+        return replace(made, sources=tuple(replace(each, **changes) for each in made.sources))
+
+    before = config("/old/lists/1_16.txt", "/old/labels")
+    path = save(str(tmp_path), 1, make_engine(), {}, before, LABELS, keep=1)
+    for split in ("/new/1_16.txt", "s3://bucket/1_16.txt", "1_16"):
+        check_same_run(Checkpoint(path), config(split, "/new/labels"), LABELS)
+    for split, pseudo_masks, message in (
+        ("/old/lists/1_8.txt", "/old/labels", r"split: 1_16 -> 1_8"),
+        (None, "/old/labels", r"split: 1_16 -> None"),
+        ("1_16", None, r"pseudo_masks: True -> False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_same_run(Checkpoint(path), config(split, pseudo_masks), LABELS)
+
+
 def test_trying_a_directory_leaves_nothing_there(tmp_path):
     make_writable(str(tmp_path / "new"))
     assert list((tmp_path / "new").iterdir()) == []
