@@ -64,6 +64,8 @@ class Batch:
     crop_boxes: per image where its crop lies in the stored image; () if whoever made the batch does
         not say, or turns crops (`AugmentConfig.rotate`): a box cannot say where a turned one lies.
     saliency: float32 [B, H, W] in 0..1, -1 on padding; None without `Source.saliency`.
+    pseudo_masks: int64 [B, H, W] of label-space class ids, IGNORE where unknown, cut as the images
+        are; None without `Source.pseudo_masks`.
     """
 
     images: Tensor
@@ -76,6 +78,7 @@ class Batch:
     skipped: int = 0
     crop_boxes: tuple[CropBox, ...] = ()
     saliency: Tensor | None = None
+    pseudo_masks: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -84,10 +87,10 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function) -> Batch:
-        masks = None if self.masks is None else function(self.masks)
-        saliency = None if self.saliency is None else function(self.saliency)
-        images, valid = function(self.images), function(self.valid)
-        return dataclasses.replace(self, images=images, valid=valid, masks=masks, saliency=saliency)
+        names = ("images", "valid", "masks", "saliency", "pseudo_masks")
+        tensors = {name: getattr(self, name) for name in names}
+        mapped = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **mapped)
 
 
 @dataclass(frozen=True, slots=True)

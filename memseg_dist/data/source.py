@@ -40,6 +40,8 @@ class Source:
     that are cut as the images are and become `Batch.saliency`.
     swap_on_flip: pairs of label-space uids that a mirror turns into each other, as a left and a
     right arm: masks and labels of a flipped crop are swapped.
+    pseudo_masks: folder or URL of the shards that a label stage wrote for the same images.
+    split: name of the part of the shards' keys that takes part; None: all.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Source:
     on_corrupt: Literal["raise", "skip"] = "raise"
     saliency: str | None = None
     swap_on_flip: tuple[tuple[str, str], ...] = ()
+    pseudo_masks: str | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
