@@ -8,6 +8,7 @@ from memseg_dist.methods.mcibi.config import MCIBIConfig
 from memseg_dist.methods.method import MethodConfig
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
+from memseg_dist.methods.three_stage.config import ThreeStageConfig
 
 
 def register(config: type[MethodConfig]) -> type[MethodConfig]:
@@ -18,5 +19,12 @@ def register(config: type[MethodConfig]) -> type[MethodConfig]:
     return config
 
 
-for _config in (LarvSegConfig, RCAConfig, MCIBIConfig, SegmentConfig, ClassifyConfig):
+for _config in (
+    LarvSegConfig,
+    RCAConfig,
+    MCIBIConfig,
+    ThreeStageConfig,
+    SegmentConfig,
+    ClassifyConfig,
+):
     register(_config)
