@@ -194,7 +194,8 @@ class Operators:
         return ((y_H1 >= top) & (y_H1 < bottom) & (x_W >= left) & (x_W < right)).any(dim=1)
 
     def _warp(self, maps_BMHW: Tensor, mode: str) -> Tensor:
-        return F.grid_sample(maps_BMHW, self._grid_BHW2, mode, "zeros", align_corners=False)
+        grid_BHW2 = self._grid_BHW2.to(maps_BMHW.dtype)
+        return F.grid_sample(maps_BMHW, grid_BHW2, mode, "zeros", align_corners=False)
 
     def _axes(self) -> tuple[Tensor, Tensor]:
         device = self._boxes_BN4.device

@@ -40,7 +40,13 @@ class Contract(MethodContract):
 
 
 class TestStage2(Contract):
-    pass
+    def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path):
+        """By SIGKILL, under DeepSpeed: losses, weights and teacher, bit for bit."""
+        whole, killed = (self.config(data, tmp_path / name) for name in ("whole", "killed"))
+        run_until_killed(whole, 0)
+        run_until_killed(killed, 5, 0)
+        assert losses(killed) == losses(whole)
+        assert_same_checkpoints(killed, whole)
 
 
 class TestStage3(Contract):
