@@ -55,7 +55,11 @@ def stages(options: Options) -> dict[str, Stage]:
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
     masks = recipe("scenes").vocabulary("masks", NUM_OBJECTS)
-    return {"few": masks, "all": masks, "validation": recipe("scenes").vocabulary("val", NUM_OBJECTS)}
+    return {
+        "few": masks,
+        "all": masks,
+        "validation": recipe("scenes").vocabulary("val", NUM_OBJECTS),
+    }
 
 
 if __name__ == "__main__":

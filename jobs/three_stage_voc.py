@@ -32,9 +32,7 @@ from memseg_dist.tools.shipped import vocabulary
 RESNET101 = BackboneConfig(
     "resnet101.tv_in1k", "hub", output_stride=8, drop_path=0.0, frozen_batchnorm=True
 )
-ADAM = OptimizerConfig(
-    "adamw", lr=3e-5, weight_decay=0.0, schedule="step", backbone_lr_scale=0.1
-)
+ADAM = OptimizerConfig("adamw", lr=3e-5, weight_decay=0.0, schedule="step", backbone_lr_scale=0.1)
 """Without decay it is Adam; its rate is constant, that of pretrained layers a tenth."""
 AUGMENT = AugmentConfig((500, 500), (0.5, 1.5), 321, photometric=False, category_max_ratio=1.0)
 

@@ -9,6 +9,7 @@ from memseg_dist.methods.method import MethodConfig
 from memseg_dist.methods.pseudoseg.config import PseudoSegConfig
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
+from memseg_dist.methods.three_stage.config import ThreeStageConfig
 
 
 def register(config: type[MethodConfig]) -> type[MethodConfig]:
@@ -20,6 +21,12 @@ def register(config: type[MethodConfig]) -> type[MethodConfig]:
 
 
 for _config in (
-    LarvSegConfig, RCAConfig, MCIBIConfig, PseudoSegConfig, SegmentConfig, ClassifyConfig,
-):  # fmt: skip
+    LarvSegConfig,
+    RCAConfig,
+    MCIBIConfig,
+    PseudoSegConfig,
+    ThreeStageConfig,
+    SegmentConfig,
+    ClassifyConfig,
+):
     register(_config)

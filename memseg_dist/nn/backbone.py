@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.layers import resample_abs_pos_embed
+from timm.layers import freeze_batch_norm_2d, resample_abs_pos_embed
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
@@ -59,6 +59,10 @@ class BackboneConfig:
     drop_path: float = 0.1
     """Stochastic depth rate of the last block, linear from 0 at the first; vgg16 and resnet38 have
     none."""
+    frozen_batchnorm: bool = False
+    """Training keeps every BatchNorm's statistics, scale and shift as they were read: for small
+    batches of a pretrained net. It needs `pretrained`: random weights have no statistics to keep.
+    """
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     options: Mapping[str, str] = field(default_factory=dict)
@@ -167,6 +171,8 @@ def build_backbone(
         raise ValueError(f"backbone '{config.name}' with {options}: {error}") from error
     if config.pretrained:
         _load_pretrained(net, config, options)
+    if config.frozen_batchnorm:
+        net = freeze_batch_norm_2d(net)
     backbone = Backbone(net, indices, config.mean, config.std, bf16)
     return record_batchnorm(backbone)  # type: ignore[return-value]
 

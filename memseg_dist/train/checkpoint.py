@@ -157,19 +157,18 @@ class Checkpoint:
 
     def reader(self, memory: str) -> Reader:
         """Reads rows of the tensors of one of `Method.state()`, from the files that hold them."""
-        saved = self.manifest["memories"]
-        if memory not in saved:
-            raise ValueError(
-                f"{self.path} holds no memory '{memory}', only {sorted(saved)}; "
-                "resume with the method that wrote it"
-            )
+        saved = self._parts(memory)
 
         def read(name: str, start: int = 0, stop: int | None = None) -> Tensor:
-            if name not in saved[memory]:
+            if name not in saved:
                 raise ValueError(f"{self.path}: memory '{memory}' has no tensor '{name}'")
-            return self._read_rows(saved[memory][name], name, start, stop)
+            return self._read_rows(saved[name], name, start, stop)
 
         return read
+
+    def files_of(self, memory: str) -> list[str]:
+        """The files that hold one of `Method.state()`."""
+        return sorted({part[0] for parts in self._parts(memory).values() for part in parts})
 
     def verify(self, files: list[str] | None = None) -> None:
         """ValueError naming the first of `files` (default: all) that is not as it was written."""
@@ -191,6 +190,15 @@ class Checkpoint:
         files = sorted(self.manifest["files"])
         together(lambda: self.verify(files[dist.rank() :: dist.size()]))
 
+    def _parts(self, memory: str) -> dict[str, list[Part]]:
+        saved = self.manifest["memories"]
+        if memory not in saved:
+            raise ValueError(
+                f"{self.path} holds no memory '{memory}', only {sorted(saved)}; "
+                "resume with the method that wrote it"
+            )
+        return saved[memory]
+
     def _tensors(self, name: str) -> dict[str, Tensor]:
         with local_copy(join(self.path, name)) as path:
             return load_file(path)
@@ -198,7 +206,8 @@ class Checkpoint:
     def _read_rows(self, parts: list[Part], name: str, start: int, stop: int | None) -> Tensor:
         if parts[0][1] < 0:
             with self._open(parts[0][0]) as file:
-                return file.get_tensor(name)[start:stop]
+                tensor = file.get_tensor(name)
+                return tensor[start:stop] if tensor.ndim else tensor
         stop = parts[-1][2] if stop is None else stop
         found: list[Tensor] = []
         for file_name, first, last in parts:

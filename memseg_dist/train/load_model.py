@@ -50,19 +50,21 @@ def _find(path: str) -> str | None:
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, with_memories: bool = False) -> Model:
-    """The method with its weights, and its memories if asked for.
+    """The method with its weights and what it predicts with; with its memories if asked for.
 
+    Of the checkpoint's memories those are read that the method, built for use or for training, has
+    in its state: a teacher is part of a model that only predicts, a bank is not.
     ValueError naming the damaged file.
     """
     files = sorted(checkpoint.manifest["files"])
-    unused = ("optimizer",) if with_memories else ("optimizer", "memory-")
-    checkpoint.verify([name for name in files if not name.startswith(unused)])
+    checkpoint.verify([name for name in files if not name.startswith(("optimizer", "memory-"))])
     config, label_space = checkpoint.config, checkpoint.label_space
     backbone = dataclasses.replace(config.backbone, pretrained="")  # the checkpoint has them all
     config_here = dataclasses.replace(config, backbone=backbone)
     method = build_method(config_here, label_space, device, for_training=with_memories)
     load_weights(method, checkpoint.weights())
-    for name, memory in sorted(method.state().items()) if with_memories else ():
+    for name, memory in sorted(method.state().items()):
+        checkpoint.verify(checkpoint.files_of(name))
         memory.load_state_dict(checkpoint.reader(name))
     return Model(method, config, label_space, checkpoint.step, device)
 

@@ -24,6 +24,7 @@ from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import Batch, Clock, Supervision
 from memseg_dist.config import EngineConfig, OptimizerConfig, RunConfig, from_json, to_json
 from memseg_dist.data.loader import Source, TrainLoader
+from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.methods.method import PER_CLASS, Method, MethodConfig
 from memseg_dist.train import loop
 from memseg_dist.train.checkpoint import Checkpoint
@@ -52,10 +53,27 @@ def run(config_json: str, stop_at: int | None = None) -> dict[str, Any]:
         return TorchEngine(method, config, device)
 
     result = loop.train(from_json(config_json), Here(stop_at), Tracker(), watched)
-    memories = methods[0].state().items()
-    return result | {
-        "weights": {name: tensor.clone() for name, tensor in methods[0].state_dict().items()},
-        "digests": {name: memory.digest() for name, memory in memories},
+    weights = {name: tensor.clone() for name, tensor in methods[0].state_dict().items()}
+    averages = {name: tensor.clone() for name, tensor in beside_weights(methods[0]).items()}
+    return result | {"weights": weights | averages, "digests": digests(methods[0])}
+
+
+def banks(method: Method) -> dict[str, ShardedRows]:
+    return {name: m for name, m in method.state().items() if isinstance(m, ShardedRows)}
+
+
+def digests(method: Method) -> dict[str, str]:
+    return {name: bank.digest() for name, bank in banks(method).items()}
+
+
+def beside_weights(method: Method) -> dict[str, torch.Tensor]:
+    """Tensors of the state that every rank holds alike, such as a teacher's."""
+    return {
+        f"{name}/{key}": tensor
+        for name, part in method.state().items()
+        if name not in banks(method)
+        for key, tensor in part.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
     }
 
 
@@ -170,7 +188,7 @@ class MethodContract:
                 whole = dataclasses.replace(slots[0][1], slot=0)
                 with no_host_sync() if step > first else nullcontext():
                     train_step(method, engine, slots, 0.01, whole, meter)
-            assert all(memory.is_set.any() for memory in method.state().values())
+            assert all(bank.is_set.any() for bank in banks(method).values())
 
     # ---------------------------------------------------------------- runs
 
@@ -244,7 +262,8 @@ class MethodContract:
 
     def test_looking_leaves_memories_alone(self, data, tmp_path):
         method, config = self.build(data, tmp_path)
-        before = {name: memory.digest() for name, memory in method.state().items()}
+        before = digests(method)
+        averages = {name: tensor.clone() for name, tensor in beside_weights(method).items()}
         ((batch, clock), *_) = self.slots(config, 0)
         method.eval()
         method.predict(batch.images, torch.arange(2))
@@ -252,7 +271,9 @@ class MethodContract:
         method.train()
         method(batch, dataclasses.replace(clock, idle=True))
         method.after_step(clock)
-        assert {name: memory.digest() for name, memory in method.state().items()} == before
+        assert digests(method) == before
+        for name, tensor in beside_weights(method).items():
+            assert torch.equal(tensor, averages[name]), name
 
     def test_heads_stay_in_fp32_whoever_asks(self, data, tmp_path):
         """Only the backbone of a bf16 run computes in bf16, in training, validation and use."""

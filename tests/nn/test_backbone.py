@@ -8,7 +8,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from memseg_dist.nn.backbone import BackboneConfig, build_backbone, save_backbone
-from memseg_dist.nn.batchnorm import commit_statistics, record_batchnorm, recording
+from memseg_dist.nn.batchnorm import (
+    check_recorded,
+    commit_statistics,
+    record_batchnorm,
+    recording,
+)
 from memseg_dist.nn.resnet38 import ResNet38
 
 TINY_VIT = BackboneConfig(
@@ -508,3 +513,41 @@ def test_a_pickled_file_is_refused_with_the_line_that_converts_it(suffix, tmp_pa
 def test_options_by_which_timm_reads_files_are_refused(key):
     with pytest.raises(ValueError, match=f"backbone.options has '{key}'"):
         BackboneConfig("resnet10t", options={key: '"x.pth"'})
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet", "resnet38"])
+def test_frozen_batchnorm_stays_as_it_was_read(tmp_path, name):
+    """In training: its output is that of evaluation, and no step changes it."""
+    options = {"width": "0.0625"} if name == "resnet38" else {}
+    config = BackboneConfig(name, drop_path=0, options=options)
+    pretrained = build_backbone(config).train()
+    for slot in range(2):
+        with recording(pretrained, slot):
+            pretrained(images(64, 64))
+    commit_statistics(pretrained)
+    path = str(tmp_path / "weights.safetensors")
+    save_backbone(pretrained, path)
+    frozen = build_backbone(dataclasses.replace(config, pretrained=path, frozen_batchnorm=True))
+    x = images(64, 64)
+    wanted = pretrained.eval()(x)[0]
+    if name != "resnet38":  # has dropout
+        torch.testing.assert_close(frozen.train()(x)[0], wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(frozen.eval()(x)[0], wanted, rtol=1e-3, atol=1e-3)
+    check_recorded(frozen)
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    optimizer = torch.optim.SGD(frozen.parameters(), 0.1, weight_decay=0.1)
+    with recording(frozen.train(), 0):
+        frozen(x)[0].square().mean().backward()
+    optimizer.step()
+    commit_statistics(frozen)
+    norms = {name for name, _ in pretrained.named_buffers() if name.endswith("running_mean")}
+    assert norms
+    for norm in norms:
+        for part in ("running_mean", "running_var", "weight", "bias"):
+            key = norm.replace("running_mean", part)
+            assert torch.equal(frozen.state_dict()[key], before[key]), key
+    assert any(not torch.equal(t, before[k]) for k, t in frozen.state_dict().items())
+    again = build_backbone(dataclasses.replace(config, frozen_batchnorm=True))
+    again.load_state_dict(frozen.state_dict())
+    save_backbone(frozen, path)
+    build_backbone(dataclasses.replace(config, pretrained=path))  # a net that trains its BatchNorm
