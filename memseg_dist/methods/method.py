@@ -158,7 +158,9 @@ class Method(nn.Module):
         return {} if backbone is None else {"backbone": [backbone]}
 
     def state(self) -> Mapping[str, Stateful]:
-        """What is to be checkpointed beside the weights, by name."""
+        """What is to be checkpointed beside the weights, by name; of a method that was built to
+        predict alone, what it needs for that.
+        """
         return {}
 
     # ---------------------------------------------------------------- use

@@ -56,6 +56,7 @@ class ThreeStageConfig(MethodConfig):
     randaugment_chance: float = 0.5
     """That a drawn one is applied."""
     cutout_boxes: int = 3
+    """Squares per image that the student does not see."""
     cutout_share: float = 0.1
     """Side of a box as a share of the crop's shorter side."""
     keep_cutout_pixels: bool = True

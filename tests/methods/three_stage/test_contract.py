@@ -7,6 +7,8 @@ import dataclasses
 import methods.three_stage.stand_in  # noqa: F401
 from methods.contract import MethodContract
 from methods.contract import run as run_contract
+from train import test_loop
+from train.test_loop import assert_same_checkpoints, losses, run_until_killed
 
 from memseg_dist.methods.three_stage.config import ThreeStageConfig
 from memseg_dist.nn.backbone import BackboneConfig
@@ -40,8 +42,11 @@ class Contract(MethodContract):
 
 
 class TestStage2(Contract):
-    def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path):
+    def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path, monkeypatch):
         """By SIGKILL, under DeepSpeed: losses, weights and teacher, bit for bit."""
+        imports = "from train.test_loop import Here\nimport methods.three_stage.stand_in"
+        program = test_loop.KILLED.replace("from train.test_loop import Here", imports)
+        monkeypatch.setattr(test_loop, "KILLED", program)
         whole, killed = (self.config(data, tmp_path / name) for name in ("whole", "killed"))
         run_until_killed(whole, 0)
         run_until_killed(killed, 5, 0)

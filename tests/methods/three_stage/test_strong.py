@@ -208,6 +208,42 @@ def test_operations_are_drawn_alike_with_replacement():
     assert all(draw(never, random, 9, 9).colours == () for _ in range(50))
 
 
+class Scripted(Random):
+    """Applies these operations, one after another."""
+
+    def __init__(self, *operations: tuple[str, int, int]) -> None:
+        super().__init__(0)
+        self.script = [value for name, _, sign in operations for value in (name, sign)]
+        self.magnitudes = [magnitude for _, magnitude, _ in operations]
+
+    def choice(self, options):
+        return self.script.pop(0)
+
+    def randint(self, low, high):
+        return self.magnitudes.pop(0)
+
+    def random(self):
+        return 0.0
+
+
+def test_one_map_is_all_operations_one_after_another():
+    """Ramps, because reading between their pixels loses nothing."""
+    operations = [("rotate", 3, 1), ("translate_x", 5, -1), ("shear_y", 4, 1)]
+    rows, columns = torch.meshgrid(*map(torch.arange, SIZE), indexing="ij")
+    ramps = step = torch.stack([rows, columns]).double()
+    frame = torch.ones(1, *SIZE, dtype=torch.float64)
+    nowhere = torch.zeros(2, dtype=torch.float64)
+    for name, magnitude, sign in operations:
+        matrix = GEOMETRIC[name](magnitude, sign, HEIGHT, WIDTH)
+        step = reference.warped_bilinear(step, matrix, nowhere)
+        frame = reference.warped_bilinear(frame, matrix, nowhere[:1])
+    one = draw(CONFIG, Scripted(*operations), HEIGHT, WIDTH)
+    found = reference.warped_bilinear(ramps, one.matrix, nowhere)
+    inside = frame[0] > 1 - 1e-9
+    assert inside.sum() > 200
+    torch.testing.assert_close(found[:, inside], step[:, inside])
+
+
 def test_boxes_have_a_share_of_the_shorter_side():
     boxes = np.concatenate([draw(CONFIG, Random(seed), 320, 410).boxes for seed in range(200)])
     top, bottom, left, right = boxes.T
