@@ -34,7 +34,7 @@ class SemiOptions(PipelineOptions):
     """The images whose masks are used: a split's name, as 1_16-seed0, or a file of keys."""
     recipe: Literal["method", "supervised", "self-training"] = "method"
     """The method of the paper, or what it is compared with."""
-    launch: LaunchConfig = LaunchConfig(workers=(1, 4))
+    launch: LaunchConfig = LaunchConfig(workers=(1, 2))
 
     def name_of(self, method: str, data: str) -> str:
         """Of the first run on `data`."""

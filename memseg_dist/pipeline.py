@@ -11,9 +11,9 @@
     if __name__ == "__main__":
         main(Options, stages, vocabularies, __doc__)
 
-Every field of every stage is a flag as well: `--steps` where there is one stage, else
-`--classifier.steps`. A job that was stopped goes on by the same command: a run from its newest
-checkpoint, pseudo labels shard by shard; an export is made again.
+Every field of every stage is a flag as well: `--steps` of a job of one run, `--classifier.steps` of
+a job of several stages (`PipelineOptions`). A job that was stopped goes on by the same command: a
+run from its newest checkpoint, pseudo labels shard by shard; an export is made again.
 """
 
 from __future__ import annotations
@@ -127,11 +127,11 @@ def parse(
         described = miniature.shrunk(described)
     bare = tyro.conf.arg(name="")
     fields: list[tuple[str, Any, Any]] = [("options", Annotated[kind, bare], options)]
+    # the flags of a pipeline's options would be those of its only run
+    is_alone = len(described) == 1 and not issubclass(kind, PipelineOptions)
     for name, stage in described.items():
         stage_kind: Any = type(stage)
-        fields.append(
-            (name, Annotated[stage_kind, bare] if len(described) == 1 else stage_kind, stage)
-        )
+        fields.append((name, Annotated[stage_kind, bare] if is_alone else stage_kind, stage))
     command = make_dataclass("command", fields)
     parsed: Any = tyro.cli(command, args=arguments, description=description, config=_MARKERS)
     return options, {name: getattr(parsed, name) for name in described}

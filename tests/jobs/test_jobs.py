@@ -41,7 +41,17 @@ MCIBI = (
     "mcibi_scenes",
     "mcibi_folder",
 )
-JOBS = ("larvseg_21k", "larvseg_ade", "larvseg_scenes", "larvseg_folder", *PIPELINES, *MCIBI)
+SEMI = (
+    "pseudoseg_voc",
+    "pseudoseg_coco",
+    "pseudoseg_scenes",
+    "pseudoseg_folder",
+    "three_stage_voc",
+    "three_stage_cityscapes",
+    "three_stage_scenes",
+    "three_stage_folder",
+)
+JOBS = ("larvseg_21k", "larvseg_ade", "larvseg_scenes", "larvseg_folder", *PIPELINES, *MCIBI, *SEMI)
 
 
 @pytest.fixture(autouse=True)
