@@ -14,7 +14,6 @@ figures in docs/results.md are of CamVid's 11 classes); --weights: tf_efficientn
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -189,22 +188,12 @@ def main(study: Study) -> None:
     names = study.variants or tuple(study.known)
     kind = "scenes" if study.pictures is None else "pictures"
     study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
-    check_inputs(study)
+    inputs = ("data", "backbone") if study.pictures is None else ("pictures", "weights")
+    shared.check_inputs(study.storage, {name: getattr(study, name) for name in inputs})
     todo = [(study, variant, seed) for seed in study.seeds for variant in names]
     file = study.storage / "results.jsonl"
     rows = run_all(train, todo, file, study.processes)
     show([row for row in rows if row["seed"] in study.seeds], names, f"{kind}, {study.steps} steps")
-
-
-def check_inputs(study: Study) -> None:
-    """ValueError where results of other data or weights lie."""
-    study.storage.mkdir(parents=True, exist_ok=True)
-    names = ("data", "backbone") if study.pictures is None else ("pictures", "weights")
-    inputs = json.dumps({name: str(getattr(study, name).resolve()) for name in names})
-    file = study.storage / "inputs.json"
-    if file.exists() and file.read_text() != inputs:
-        raise ValueError(f"{study.storage} has results of {file.read_text()}; give --storage")
-    file.write_text(inputs)
 
 
 def show(rows: list[Row], names: tuple[str, ...], title: str) -> None:

@@ -96,6 +96,16 @@ def run_all(
     return done
 
 
+def check_inputs(storage: Path, inputs: Mapping[str, Path | None]) -> None:
+    """ValueError where results of other data or weights lie."""
+    storage.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({name: str(path and path.resolve()) for name, path in inputs.items()})
+    file = storage / "inputs.json"
+    if file.exists() and file.read_text() != text:
+        raise ValueError(f"{storage} has results of {file.read_text()}; give --storage")
+    file.write_text(text)
+
+
 def _start_worker() -> None:
     """One thread; and a worker whose study was killed must not go on writing to its runs."""
     torch.set_num_threads(1)

@@ -1,0 +1,369 @@
+"""What unlabelled images are worth: PseudoSeg and Three-stage with few masks, their parts and what
+they are compared with, split by split.
+
+    python benchmarks/study_semi.py --seeds 0 1 2 3 4                       # generated scenes
+    python benchmarks/study_semi.py --pictures SHARDS --weights WEIGHTS --seeds 0 1 2
+
+A seed is a split of the training images, in which every class occurs, and the seed of the runs on
+it. Every network has the same optimizer steps and labelled images a step, on one core; a difference
+is given with its 95 % interval (Student's t over the splits' differences). What is done already is
+not done again.
+
+--pictures: SHARDS/{train,val,test} as datasets/folder.py writes them, of street scenes of 4:3 (the
+figures in docs/results.md are of CamVid's 11 classes); --weights: tf_efficientnet_lite0.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from memseg_dist.config import (
+    EngineConfig,
+    Intervals,
+    LaunchConfig,
+    LoaderConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrackingConfig,
+)
+from memseg_dist.data.augment import AugmentConfig
+from memseg_dist.data.index import Index
+from memseg_dist.launch import launch
+from memseg_dist.nn.backbone import BackboneConfig
+from memseg_dist.stages import LabelConfig, Stage, resolved
+from memseg_dist.tools import study as shared
+from memseg_dist.tools.pseudo_labels import label
+from memseg_dist.tools.splits import draw, number_of, open_pool, write_splits
+from memseg_dist.tools.study import Row, interval, mean_and_spread, paired, run_all
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "jobs"))
+
+PSEUDOSEG: dict[str, dict[str, Any]] = {
+    "supervised": {"recipe": "supervised"},
+    "PseudoSeg": {},
+    "PseudoSeg, image labels": {"image_labels": "image"},
+    "decoder alone": {"method": {"pseudo_label": "decoder"}},
+    "activation alone": {"method": {"pseudo_label": "activation"}},
+    "PseudoSeg, T = 1": {"method": {"temperature": 1.0}},
+}
+"""Options of the job, and changes of the method."""
+THIRD_STAGES: dict[str, dict[str, Any]] = {
+    "stage 3": {},
+    "stage 3, no strong augmentation": {"strong": False},
+    "stage 3, no consistency": {"consistency_weight": 0.0},
+    "stage 3, no Task 2": {"pseudo_weight": 0.0},
+    "stage 3, no EMA": {"teacher": "student"},
+}
+"""Changes of the method."""
+PHASES = (
+    (*PSEUDOSEG, "stage 1"),
+    ("self-training", "stage 2"),
+    tuple(THIRD_STAGES),
+)
+"""What needs the results of the phase before."""
+SCENES = [name for phase in PHASES for name in phase]
+PICTURES = ["supervised", "self-training", "PseudoSeg", "stage 1", "stage 2", "stage 3"]
+ALL = "all"
+"""In the place of a share: every mask."""
+COMPARED = {
+    "PseudoSeg": {
+        "supervised": "+11.03", "self-training": "+2.86", "decoder alone": "+13.86",
+        "activation alone": "+13.64", "PseudoSeg, T = 1": "", "PseudoSeg, image labels": "-4.16",
+    },
+    "PseudoSeg, image labels": {"PseudoSeg, T = 1": "+3.07"},
+    "self-training": {"supervised": "+8.17"},
+    "stage 2": {"stage 1": "+6.34"},
+    "stage 3": {
+        "stage 1": "+7.94", "stage 2": "+1.60", "stage 3, no strong augmentation": "+6.89",
+        "stage 3, no consistency": "+4.65", "stage 3, no Task 2": "+2.22",
+        "stage 3, no EMA": "+1.48",
+    },
+}  # fmt: skip
+"""Variant -> what it is compared with, and the paper's difference: PseudoSeg's on VOC with 1/16 of
+the masks (of T with image labels), Three-stage's on Cityscapes with 100."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """PseudoSeg and Three-stage, what they are made of and what they are compared with."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One split of each size, and one run of every variant on it, for each."""
+    shares: tuple[str, ...] = ()
+    """Shares of the masks; by default 1/16 and 1/4, of pictures 1/16, 1/8, 1/4 and all."""
+    variants: tuple[str, ...] = ()
+    """Which variants to run; all by default, of pictures those of a paper's main table."""
+    steps: int = 250
+    """Of every network."""
+    pictures: Path | None = None
+    """Folder of shards of real pictures, instead of generated scenes."""
+    weights: Path | None = None
+    """Weights of tf_efficientnet_lite0 for the real pictures."""
+    data: Path = Path("data/scenes")
+    """Where the scenes are, or are drawn."""
+    backbone: Path = Path("runs/pretrain_scenes/backbone.safetensors")
+    """Weights of jobs/pretrain_scenes.py."""
+    storage: Path = Path("runs/study_semi")
+    """Where the runs and their figures go."""
+    processes: int = 2
+    """Runs at once, of one core each."""
+
+    def __post_init__(self) -> None:
+        if (self.pictures is None) != (self.weights is None):
+            raise ValueError("--pictures and --weights go together")
+        unknown = sorted(set(self.variants) - set(SCENES))
+        if unknown:
+            raise ValueError(f"--variants {unknown}: choose of {SCENES}")
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.variants or (SCENES if self.pictures is None else PICTURES)
+
+    @property
+    def known_shares(self) -> Sequence[str]:
+        default = ("1/16", "1/4") if self.pictures is None else ("1/16", "1/8", "1/4", ALL)
+        return self.shares or default
+
+    @property
+    def train_shards(self) -> str:
+        return str(self.data / "masks" if self.pictures is None else self.pictures / "train")
+
+
+def main(study: Study) -> None:
+    prepare(study)
+    kind = "scenes" if study.pictures is None else "pictures"
+    study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
+    shared.check_inputs(study.storage, inputs_of(study))
+    make_splits(study)
+    file = study.storage / "results.jsonl"
+    rows: list[Row] = []
+    for phase in PHASES:
+        todo = [
+            (study, f"{share} {name}", seed)
+            for seed in study.seeds
+            for share in study.known_shares
+            for name in study.names
+            if name in phase and (share != ALL or name in ("supervised", "stage 1"))
+        ]
+        rows = run_all(train, todo, file, study.processes)
+    own = [row for row in rows if row["seed"] in study.seeds]
+    for share in study.known_shares:
+        show(of_share(own, share), f"{share} of the masks, {kind}, {study.steps} steps")
+
+
+def train(study: Study, variant: str, seed: int) -> Row:
+    """One network, and the label stage that the next phase needs; scores in percent."""
+    started = time.perf_counter()
+    share, name = variant.split(" ", 1)
+    stages = resolved(stages_of(study, share, name, seed))
+    row: Row = {"variant": variant, "seed": seed}
+    for stage in stages.values():
+        if isinstance(stage, RunConfig):
+            result = launch(stage)
+            ece = {key: value for key, value in result.items() if key.startswith("val/ece/")}
+            row |= {"miou": result["val/miou_all"], **ece}
+        elif isinstance(stage, LabelConfig):
+            report = label(stage)
+            assert report.scores is not None
+            row["labels"] = report.scores.excluded.miou()
+    return row | {"seconds": time.perf_counter() - started}
+
+
+# -------------------------------------------------------------------- what a variant is
+
+
+def split_of(share: str, seed: int) -> str | None:
+    return None if share == ALL else f"{share.replace('/', '_')}-study{seed}"
+
+
+def stages_of(study: Study, share: str, name: str, seed: int) -> dict[str, Stage]:
+    """The stages of one row: a network, after the labels that it learns from, with those that
+    others need after it.
+    """
+    options = {
+        "split": split_of(share, seed),
+        "storage": str(study.storage),
+        "seed": seed,
+        "launch": LaunchConfig("local", workers=1),
+        "tracking": TrackingConfig("none"),
+    }
+    tag = f"{share.replace('/', '_')}-seed{seed}"
+    if name in PSEUDOSEG:
+        stages = pseudoseg(study, options, **PSEUDOSEG[name])
+        stages = {"train": replace(stages["train"], name=f"{slug(name)}-{tag}")}
+    elif name == "self-training":
+        stages = pseudoseg(study, options, recipe="self-training")
+        stages["teacher"] = replace(stages["teacher"], name=f"supervised-{tag}")
+        stages["student"] = replace(stages["student"], name=f"self_training-{tag}")
+    else:
+        stages = three_stage(study, options | {"name": f"three_stage-{tag}"})
+        wanted = {"stage 1": ("stage1", "labels1"), "stage 2": ("stage2", "labels2")}
+        stages = resolved(stages)
+        if name in wanted:
+            labels = wanted[name] if share != ALL else wanted[name][:1]
+            stages = {key: stages[key] for key in labels}
+        else:
+            last = stages["stage3"]
+            method = replace(last.method, **THIRD_STAGES[name])
+            stages = {"stage3": replace(last, name=f"{slug(name)}-{tag}", method=method)}
+    return {key: prepared(study, stage) for key, stage in stages.items()}
+
+
+def slug(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "_").replace("=", "").replace("/", "_")
+
+
+def pseudoseg(study: Study, options: dict, method: Mapping | None = None, **more) -> dict:
+    """The job's stages, with a changed method."""
+    if study.pictures is None:
+        from pseudoseg_scenes import Options, stages
+
+        found = stages(
+            Options(data=str(study.data), backbone=str(study.backbone), **options, **more)
+        )
+    else:
+        from pseudoseg_folder import Options, stages
+
+        found = stages(Options(**pictures_options(study), **options, **more))
+
+    def changed(run: RunConfig) -> RunConfig:
+        small = PSEUDOSEG_ON_PICTURES if study.pictures is not None else {}
+        return replace(run, method=replace(run.method, **small, **(method or {})))
+
+    return {k: changed(s) if isinstance(s, RunConfig) else s for k, s in found.items()}
+
+
+def three_stage(study: Study, options: dict) -> dict:
+    if study.pictures is None:
+        from three_stage_scenes import Options, stages
+
+        return stages(Options(data=str(study.data), backbone=str(study.backbone), **options))
+    from three_stage_folder import Options, stages
+
+    return stages(Options(**pictures_options(study), **options))
+
+
+def pictures_options(study: Study) -> dict:
+    return {"masks": study.train_shards, "val": f"{study.pictures}/test", "crop": 144}
+
+
+PSEUDOSEG_ON_PICTURES = {"stages": (1, 2, 3), "dim": 64, "attention_dim": 32, "rates": (2, 4, 6)}
+LITE0 = BackboneConfig(
+    "tf_efficientnet_lite0", drop_path=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+AUGMENT = AugmentConfig((240, 180), (0.75, 1.5), 144, photometric=False, category_max_ratio=1.0)
+
+
+def prepared(study: Study, stage: Stage) -> Stage:
+    """With the study's budget: 4 labelled and 4 other pictures a step."""
+    if isinstance(stage, LabelConfig):
+        return replace(stage, truth=study.train_shards, workers=0, num_pictures=4)
+    assert isinstance(stage, RunConfig)
+    sources = tuple(replace(source, slots=1, batch_per_slot=4) for source in stage.sources)
+    run = replace(
+        stage,
+        sources=sources,
+        steps=study.steps,
+        engine=EngineConfig("torch"),
+        loader=LoaderConfig(processes=0, cache_dir=str(study.storage / "cache")),
+        every=Intervals(log=50, evaluate=study.steps, checkpoint=study.steps),
+    )
+    if study.pictures is None:
+        return run
+    assert run.validation is not None
+    return replace(
+        run,
+        sources=tuple(replace(source, augment=AUGMENT) for source in sources),
+        backbone=replace(
+            LITE0,
+            pretrained=str(study.weights),
+            frozen_batchnorm=run.backbone.frozen_batchnorm,
+            output_stride=8 if run.backbone.frozen_batchnorm else None,
+        ),
+        validation=replace(run.validation, resize=(240, 180)),
+        optimizer=OptimizerConfig(
+            "adamw", lr=2e-3, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.3
+        ),
+    )
+
+
+# -------------------------------------------------------------------- inputs and tables
+
+
+def prepare(study: Study) -> None:
+    """Scenes and backbone, where they are not there yet."""
+    if study.pictures is not None:
+        return
+    if not (study.data / "val" / "index.parquet").exists():
+        shared.run(ROOT, "datasets/scenes.py", "--root", study.data)
+    if not study.backbone.exists():
+        shared.run(
+            ROOT, "jobs/pretrain_scenes.py", "--data", study.data,
+            "--storage", study.backbone.parents[1],
+        )  # fmt: skip
+
+
+def inputs_of(study: Study) -> dict[str, Path | None]:
+    names = ("data", "backbone") if study.pictures is None else ("pictures", "weights")
+    return {name: getattr(study, name) for name in names}
+
+
+def make_splits(study: Study) -> None:
+    """As `memseg data split --rule every-class` makes them, under names of the study."""
+    pool = open_pool(Index.open(study.train_shards))
+    splits = {
+        split_of(share, seed): draw(pool, number_of(share, len(pool.keys)), "every-class", seed)
+        for share in study.known_shares
+        for seed in study.seeds
+        if share != ALL
+    }
+    write_splits(study.train_shards, splits, overwrite=False)
+
+
+def of_share(rows: Sequence[Row], share: str) -> list[Row]:
+    """Rows of one share, with their variants' names alone."""
+    parts = [(row, *row["variant"].split(" ", 1)) for row in rows]
+    return [row | {"variant": name} for row, own, name in parts if own == share]
+
+
+def show(rows: list[Row], title: str) -> None:
+    scores = Table("variant", "runs", "mIoU", "labels", "ECE", "s/run", title=title)
+    for name in SCENES:
+        own = [row for row in rows if row["variant"] == name]
+        if not own:
+            continue
+        labels = mean_and_spread([row["labels"] for row in own if "labels" in row])
+        keys = [key for key in own[0] if key.startswith("val/ece/")]
+        errors = [
+            f"{key.split('/')[-1]} {100 * statistics.mean(row[key] for row in own):.1f}"
+            for key in keys
+        ]
+        seconds = f"{statistics.mean(row['seconds'] for row in own):.0f}"
+        spread = mean_and_spread([row["miou"] for row in own])
+        scores.add_row(name, str(len(own)), spread, labels, ", ".join(errors), seconds)
+    table = "Paired differences, mean and 95 % interval; * : excludes 0"
+    directions = Table("difference", "paper", "mIoU", title=table)
+    present = {row["variant"] for row in rows}
+    for variant, others in COMPARED.items():
+        for against, paper in others.items():
+            if {variant, against} <= present:
+                found = interval(paired(rows, variant, against, "miou"))
+                directions.add_row(f"{variant} - {against}", paper, found)
+    console = Console(width=150)
+    console.print(scores)
+    console.print(directions)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Study, description=__doc__))
