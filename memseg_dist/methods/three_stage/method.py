@@ -122,8 +122,7 @@ class ThreeStage(Method):
         self.register_buffer("class_ids", torch.from_numpy(class_ids), persistent=False)
         self.register_buffer("column", column_C, persistent=False)
         self._share_of_all = image_shares(sources)
-        labelled = [source for source in sources if source.supervision == "masks"]
-        self._share_of_labelled = image_shares(labelled)
+        self._share_of_labelled = image_shares([s for s in sources if s.supervision == "masks"])
 
     # ---------------------------------------------------------------- training
 
@@ -186,8 +185,8 @@ class ThreeStage(Method):
         config, valid_BHW = self.config, batch.valid
         if not config.strong or batch.masks is not None:
             return View(batch.images, valid_BHW, valid_BHW, maps)
-        random = Random(clock.seed_for("strong augmentation"))
-        operators = draw_operators(config, random, valid_BHW)
+        seed = clock.seed_for("strong augmentation")
+        operators = draw_operators(config, Random(seed), valid_BHW)
         images = operators.images(batch.images, valid_BHW, self.backbone.mean)
         stacked = torch.cat([valid_BHW[:, None].float(), *maps.values()], dim=1)
         warped = operators.maps(stacked).split([1, *(map.shape[1] for map in maps.values())], dim=1)

@@ -1,239 +1,28 @@
-"""Three-stage's whole steps against nested loops: losses, gradients, teacher; its use."""
+"""What reaches which block of Three-stage; its weights, flags, teacher and use."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from random import Random
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from reference import three_stage as reference
+from methods.three_stage.small import (
+    CONFIG,
+    IDS,
+    NUM_CLASSES,
+    SOURCES,
+    TwoBlocks,
+    batch,
+    build,
+    clock,
+)
 from torch import nn
 
-from memseg_dist.batch import IGNORE, Batch, Clock
-from memseg_dist.data.source import Source
-from memseg_dist.methods.three_stage.config import ThreeStageConfig
+from memseg_dist.batch import IGNORE, Clock
 from memseg_dist.methods.three_stage.method import ThreeStage, image_shares
-from memseg_dist.methods.three_stage.strong import draw, draw_operators
 from memseg_dist.methods.three_stage.teacher import averaged, decay_at
-from memseg_dist.nn.backbone import BackboneConfig, FeatureStage, build_backbone
-from memseg_dist.nn.batchnorm import commit_statistics, record_batchnorm, recording
-
-HEIGHT, WIDTH = SIZE = (11, 14)
-STRIDE, NUM_CLASSES, NUM_STEPS = 4, 6, 6
-IDS = np.array([0, 2, 3, 5])
-SOURCES = (
-    Source("few", "few", "masks", slots=1, batch_per_slot=2, pseudo_masks="y"),
-    Source("many", "many", "none", slots=2, batch_per_slot=3, pseudo_masks="y"),
-)
-CONFIG = ThreeStageConfig(rates=(1, 2), cutout_share=0.3, branch_dilation=1)
-
-
-class TwoBlocks(nn.Module):
-    """Two stages with BatchNorm; the second has twice the stride of the first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = (FeatureStage(6, 2), FeatureStage(16, STRIDE))
-        self.dim, self.stride = 16, STRIDE
-        mean = torch.tensor([120.0, 110.0, 100.0]).view(3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.conv4 = nn.Sequential(nn.Conv2d(3, 6, 3, 2, padding=1), nn.BatchNorm2d(6))
-        self.conv5 = nn.Sequential(nn.Conv2d(6, 16, 3, 2, padding=1), nn.BatchNorm2d(16))
-        record_batchnorm(self)
-
-    def forward(self, images, valid=None):
-        pixels = ((images - self.mean) / 60).to(self.conv4[0].weight.dtype)
-        if valid is not None:
-            pixels = pixels * valid[:, None]
-        height, width = images.shape[-2:]
-        low = self.conv4(F.pad(pixels, (0, -width % STRIDE, 0, -height % STRIDE)))
-        return low, self.conv5(low.relu())
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        assert not enabled
-
-
-def build(config: ThreeStageConfig = CONFIG, **keywords) -> ThreeStage:
-    torch.manual_seed(0)
-    method = ThreeStage(
-        TwoBlocks().double(), config, sources=SOURCES, class_ids=IDS, num_classes=NUM_CLASSES,
-        **keywords,
-    ).double()  # fmt: skip
-    with torch.no_grad():
-        for head in [method.head] + ([] if method.branch is None else [method.branch.head]):
-            head.weight.normal_(std=0.1)
-            head.bias.normal_()
-    if method.teacher is not None:
-        method.teacher.head = copy.deepcopy(method.head).requires_grad_(False)
-    return method
-
-
-def batch(step: int, slot: int) -> Batch:
-    source = SOURCES[slot > 0]
-    generator = torch.Generator().manual_seed(10 * step + slot)
-    shape = (source.batch_per_slot, *SIZE)
-    images = torch.randint(0, 256, (shape[0], 3, *SIZE), generator=generator, dtype=torch.uint8)
-    valid = torch.ones(shape, dtype=torch.bool)
-    valid[0, -2:] = False  # padding
-    if (step, slot) == (1, 0):
-        valid[:] = False  # samples that could not be read
-    masks, pseudo = (
-        torch.randint(-1, NUM_CLASSES, shape, generator=generator).masked_fill(~valid, IGNORE)
-        for _ in range(2)
-    )
-    return Batch(
-        images.mul(valid[:, None]), valid, masks if slot == 0 else None, ((),) * shape[0],
-        source.name, source.supervision, tuple("abc"[: shape[0]]), pseudo_masks=pseudo,
-    )  # fmt: skip
-
-
-def clock(step: int, slot: int = 0) -> Clock:
-    return Clock(step, slot, num_slots=3, seed=7, num_steps=NUM_STEPS)
-
-
-class ByLoops:
-    """Eq. 1 - 5 of a step with the layers of `method`: (sum over slots of a slot's loss) / S."""
-
-    def __init__(self, method: ThreeStage) -> None:
-        self.method, self.config = method, method.config
-        self.teacher = copy.deepcopy((method.backbone, method.head))
-
-    def step(self, step: int) -> dict[str, torch.Tensor]:
-        losses = {name: torch.zeros((), dtype=torch.float64) for name in ("seg", "con", "pl")}
-        for slot in range(3):
-            for name, loss in self.slot(batch(step, slot), clock(step, slot)).items():
-                # the mean over images: 2 labelled ones, 8 of all
-                of_all = 2 if name == "seg" else 8
-                losses[name] = losses[name] + loss * len(batch(step, slot).keys) / of_all
-        return losses
-
-    def slot(self, item: Batch, now: Clock) -> dict[str, torch.Tensor]:
-        config, method = self.config, self.method
-        images, count = item.images, len(item.keys)
-        matrices, cut, frame = [np.eye(3)] * count, torch.zeros_like(item.valid), item.valid
-        if config.strong and item.masks is None:
-            seed = now.seed_for("strong augmentation")
-            random = Random(seed)
-            matrices = [draw(config, random, *SIZE).matrix for _ in range(count)]
-            operators = draw_operators(config, Random(seed), item.valid)
-            images, cut = (
-                operators.images(images, item.valid, method.backbone.mean),
-                (operators.cut_out()),
-            )
-            frame = self.warped(item.valid.long(), matrices, 0).bool()
-        counts = frame if config.keep_cutout_pixels else frame & ~cut
-        maps = method.backbone(images, frame & ~cut)
-        logits = self.enlarged(method.head(maps[1], torch.from_numpy(IDS)))
-        found = {}
-        if item.masks is not None:
-            found["seg"] = reference.mean_cross_entropy(logits, self.columns(item.masks))
-        con = [self.masked(one, known) for one, known in zip(self.taught(item, matrices), counts)]
-        found["con"] = config.consistency_weight * reference.mean_cross_entropy(logits, con)
-        shared = maps[1] if config.stage == 3 else method.branch.own(maps[0])
-        branch = self.enlarged(method.branch.head(shared, torch.from_numpy(IDS)))
-        pseudo = self.warped(torch.stack(self.columns(item.pseudo_masks)), matrices, IGNORE)
-        pl = [self.masked(one, known) for one, known in zip(pseudo, counts)]
-        found["pl"] = config.pseudo_weight * reference.mean_cross_entropy(branch, pl)
-        return found
-
-    @torch.no_grad()
-    def taught(self, item: Batch, matrices) -> list[torch.Tensor]:
-        backbone, head = copy.deepcopy(
-            self.teacher
-            if self.config.teacher == "ema"
-            else (self.method.backbone, self.method.head)
-        )
-        backbone.eval()
-        low = head(backbone(item.images, item.valid)[1], torch.from_numpy(IDS))
-        if self.config.target == "hard":
-            labels = torch.stack([logits.argmax(dim=0) for logits in self.enlarged(low)])
-            return [*self.warped(labels, matrices, IGNORE)]
-        return [
-            torch.stack([reference.warped_nearest(part, matrix, 0.0) for part in q.softmax(dim=0)])
-            for q, matrix in zip(self.enlarged(low), matrices)
-        ]
-
-    @staticmethod
-    def enlarged(logits):
-        return [reference.enlarged(one, STRIDE, SIZE) for one in logits]
-
-    @staticmethod
-    def warped(maps, matrices, outside):
-        return torch.stack(
-            [reference.warped_nearest(one, matrix, outside) for one, matrix in zip(maps, matrices)]
-        )
-
-    @staticmethod
-    def masked(target, known):
-        return torch.where(known, target, torch.tensor(IGNORE, dtype=target.dtype))
-
-    @staticmethod
-    def columns(masks) -> list[torch.Tensor]:
-        column = torch.full_like(masks, IGNORE)
-        for index, class_id in enumerate(IDS.tolist()):
-            column[masks == class_id] = index
-        return [*column]
-
-
-VARIANTS = {
-    "stage 2": {},
-    "stage 3": {"stage": 3},
-    "its own teacher": {"teacher": "student"},
-    "soft": {"target": "soft", "stage": 3},
-    "without strong augmentation": {"strong": False},
-    "cut-out pixels ignored": {"keep_cutout_pixels": False},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_steps_equal_nested_loops(variant):
-    """Losses, gradients and, after each step, the teacher with its BatchNorm statistics."""
-    config = replace(CONFIG, randaugment_chance=0.8, **VARIANTS[variant])
-    method = build(config).train()
-    twin = copy.deepcopy(method)
-    loops = ByLoops(twin)
-    optimizer = torch.optim.SGD(method.parameters(), 0.05)
-    teacher = {name: tensor.clone() for name, tensor in averaged(method).items()}
-    for step in range(NUM_STEPS):
-        twin.load_state_dict(method.state_dict())
-        expected = loops.step(step)
-        found: dict[str, torch.Tensor] = {}
-        for slot in range(3):
-            with recording(method, slot):
-                losses = method(batch(step, slot), clock(step, slot))
-            (sum(losses.values()) / 3).backward()
-            for name, loss in losses.items():
-                found[name] = found.get(name, 0) + loss.detach() / 3
-        names = {"seg": "seg", "consistency": "con", "pseudo": "pl"}
-        assert {names[name] for name in found} == set(expected)
-        for name, loss in found.items():
-            torch.testing.assert_close(loss, expected[names[name]].detach(), msg=name)
-        twin.zero_grad()
-        sum(expected.values()).backward()
-        for (name, one), other in zip(method.named_parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-9, msg=name)
-        optimizer.step()
-        optimizer.zero_grad()
-        commit_statistics(method)
-        method.after_step(clock(step))
-        if method.teacher is None:
-            continue
-        decay = {0: 0.99, 1: 0.99, 2: 0.995, 3: 0.995, 4: 0.9975, 5: 0.999}[step]
-        assert method.summary(clock(step)) == {"teacher/decay": decay}
-        reference.moved(teacher, averaged(method), decay)
-        for name, tensor in averaged(method.teacher).items():
-            torch.testing.assert_close(tensor, teacher[name], rtol=1e-12, atol=1e-14, msg=name)
-        backbone, head = loops.teacher
-        backbone.load_state_dict(method.teacher.backbone.state_dict())
-        head.load_state_dict(method.teacher.head.state_dict())
-    if method.teacher is not None:
-        assert any("running_var" in name for name in teacher)
-        weight = method.teacher.backbone.conv5[1].running_mean
-        assert not torch.equal(weight, method.backbone.conv5[1].running_mean)
+from memseg_dist.nn.backbone import BackboneConfig, build_backbone
+from memseg_dist.nn.batchnorm import recording
 
 
 def test_the_decay_has_a_schedule():
