@@ -28,7 +28,7 @@ from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.nn.backbone import BackboneConfig, build_backbone
 from memseg_dist.pipeline import JobOptions, main, parse, run_stages
 from memseg_dist.stages import ExportConfig, LabelConfig, read_by, resolved, result
-from memseg_dist.tools.miniature import draw_miniature, draw_split, shrunk
+from memseg_dist.tools.miniature import draw, draw_miniature, draw_split, shrunk
 
 TOYS = toy_job.vocabularies(toy_job.Options())["toys"]
 
@@ -263,6 +263,14 @@ def test_the_split_of_smoke_shows_every_class_or_is_half(tmp_path):
         draw_split(str(root / "splits/a.txt"), Index.open(root), num_slots)
         keys = (root / "splits/a.txt").read_text().split()
         assert keys == [*Index.open(root).all_keys()][:expected]
+
+
+def test_smoke_writes_no_split_into_shards_that_are_there(tmp_path):
+    run = toy_job.stages(toy_job.Options())["train"]
+    draw_miniature(tmp_path / "real", TOYS, with_masks=True)
+    source = Source("toys", str(tmp_path / "real"), "masks", split="1_4")
+    draw({"train": replace(run, sources=(source,))}, {"toys": TOYS})
+    assert not (tmp_path / "real/splits").exists()
 
 
 def test_smoke_takes_the_masks_for_pseudo_masks_that_no_stage_writes():

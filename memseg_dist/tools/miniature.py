@@ -98,16 +98,12 @@ def draw(stages: Mapping[str, Stage], vocabularies: Mapping[str, Vocabulary]) ->
     named |= {run.validation.path: run.validation.name for run in runs if run.validation}
     with_masks = {source.path for source in sources if _has_masks(source)}
     with_masks |= {run.validation.path for run in runs if run.validation}
-    for path, name in named.items():
-        if not is_reference(path) and not exists(join(path, INDEX_NAME)):
-            draw_miniature(Path(path), vocabularies[name], with_masks=path in with_masks)
-    slots: dict[str, tuple[str, int]] = {}
-    for source in (source for source in sources if source.split is not None):
-        path = split_path(source.path, source.split)
-        slots[path] = source.path, max(source.slots, slots.get(path, ("", 0))[1])
-    for path, (root, num_slots) in slots.items():
-        if not is_reference(root) and not exists(path):
-            draw_split(path, Index.open(root), num_slots)
+    missing = [p for p in named if not is_reference(p) and not exists(join(p, INDEX_NAME))]
+    for path in missing:
+        draw_miniature(Path(path), vocabularies[named[path]], with_masks=path in with_masks)
+    for source in sorted(sources, key=lambda source: source.slots):  # the last of a split has most
+        if source.split is not None and source.path in missing:
+            draw_split(split_path(source.path, source.split), Index.open(source.path), source.slots)
 
 
 def _has_masks(source: Source) -> bool:
