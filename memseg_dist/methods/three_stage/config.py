@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from memseg_dist.checks import check_numbers, require
-from memseg_dist.data.pairs import image_counts
-from memseg_dist.data.source import Source, supervised_ids
 from memseg_dist.methods.method import Method, MethodConfig
 
 if TYPE_CHECKING:
@@ -93,7 +91,7 @@ class ThreeStageConfig(MethodConfig):
             setup.build_backbone((-2, -1)),
             self,
             sources=setup.sources,
-            class_ids=supervised_ids(setup.sources, setup.label_space, "masks"),
+            class_ids=setup.trained,
             num_classes=setup.num_classes,
             with_teacher=setup.for_training or self.predict_with == "teacher",
             device=setup.device,
@@ -113,7 +111,7 @@ class ThreeStageConfig(MethodConfig):
                     "labelled ones too. Run that stage and its label stage first and give their "
                     "folder, or set method.pseudo_weight to 0"
                 )
-        labelled = [source for source in setup.sources if source.supervision == "masks"]
+        labelled = setup.labelled_sources
         names = [source.name for source in setup.sources]
         if not labelled:
             raise ValueError(
@@ -124,33 +122,18 @@ class ThreeStageConfig(MethodConfig):
                 f"no unlabelled image: all of the sources {names} have supervision 'masks'; add "
                 "one of all images with supervision 'none', or train with the method 'segment'"
             )
-        self._check_classes(setup, labelled)
+        self._check_same_classes(setup)
+        setup.check_masks_show_all_classes()
 
-    def _check_classes(self, setup: Setup, labelled: list[Source]) -> None:
-        """ValueError for a class that no mask shows, and for masks that know different classes."""
+    def _check_same_classes(self, setup: Setup) -> None:
+        """ValueError for masks that know different classes."""
         uids = np.array(setup.label_space.vocabulary.uids, dtype=object)
-        trained = setup.classes[labelled[0].name]
-        for source in labelled[1:]:
-            different = uids[np.setxor1d(trained, setup.classes[source.name])]
+        first, *others = setup.labelled_sources
+        for source in others:
+            different = np.setxor1d(setup.classes[first.name], setup.classes[source.name])
             if len(different):
                 raise ValueError(
-                    f"the labelled sources {labelled[0].name!r} and {source.name!r} have different "
-                    f"classes, {sorted(different)[:8]}: what one does not name, it may still show. "
-                    "Give them the same vocabulary"
+                    f"the labelled sources {first.name!r} and {source.name!r} have different "
+                    f"classes, {sorted(uids[different])[:8]}: what one does not name, it may still "
+                    "show. Give them the same vocabulary"
                 )
-        counts = image_counts(labelled, setup.label_space, setup.cache_dir)
-        unseen = uids[trained[counts[trained] == 0]]
-        if len(unseen):
-            raise ValueError(
-                f"{len(unseen)} of the classes {sorted(unseen)[:8]} have no labelled pixel in the "
-                f"sources {[source.name for source in labelled]}: draw a split that shows them, or "
-                "exclude them, --sources.0.exclude and --validation.exclude"
-            )
-        if setup.scored is None:
-            return
-        unknown = uids[np.setdiff1d(setup.scored, trained)]
-        if len(unknown):
-            raise ValueError(
-                f"the validation set has the classes {sorted(unknown)[:8]}, which no source has "
-                "masks of; add them to --validation.exclude"
-            )

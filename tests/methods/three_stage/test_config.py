@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import methods.three_stage.stand_in  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -33,6 +32,7 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("squares")
     write_squares(root / "few", 4, 2, with_masks=True)
     write_squares(root / "many", 8, 2, with_masks=False)
+    write_squares(root / "labels", 8, 2, with_masks=True)
     write_squares(root / "val", 3, 4, with_masks=True)
     return root
 
