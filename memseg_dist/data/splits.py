@@ -32,9 +32,12 @@ def split_path(root: str, split: str) -> str:
 
 
 def split_names(root: str) -> list[str]:
-    """The splits kept with the shards."""
+    """The splits kept with the shards; [] where folders cannot be listed, as over https."""
     filesystem, folder = fsspec.core.url_to_fs(check_path(join(root, FOLDER)))
-    return sorted(split_name(str(path)) for path in filesystem.glob(f"{folder}/*{SUFFIX}"))
+    try:
+        return sorted(split_name(str(path)) for path in filesystem.glob(f"{folder}/*{SUFFIX}"))
+    except OSError:
+        return []
 
 
 def read_split(root: str, split: str) -> list[str]:

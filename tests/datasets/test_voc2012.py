@@ -153,10 +153,15 @@ def test_vocs_own_list_is_a_split_of_the_augmented_set(voc, augmented, options, 
 
 
 def test_a_small_set_has_what_it_holds_of_the_list(voc, augmented, options):
-    voc.build(voc.Voc2012(augmented, options(limit=3), splits=("train_aug",)))
-    out = options().out / "train_aug"
-    keys = (out / "splits/train.txt").read_text().split()
-    assert {*keys} == {*TRAIN} & {*Index.open(out).all_keys()} and len(keys) < 3
+    found = set()
+    for limit in (1, 2, 3):
+        choice = options(limit=limit, out=options().out / str(limit))
+        voc.build(voc.Voc2012(augmented, choice, splits=("train_aug",)))
+        path = choice.out / "train_aug/splits/train.txt"
+        keys = path.read_text().split() if path.exists() else []
+        assert {*keys} == {*TRAIN} & {*Index.open(choice.out / "train_aug").all_keys()}
+        found.add(len(keys))
+    assert 1 in found
 
 
 def test_sbd_lists_alone_give_image_labels(voc, root, sbd, options, read_back, monkeypatch):

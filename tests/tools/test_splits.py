@@ -109,6 +109,16 @@ def test_every_class_occurs_in_independent_draws(root):
     assert any(shown != {0, 1, 2, 3} for shown in nested)
 
 
+def test_every_class_draws_of_two_sizes_and_seeds_are_independent(tmp_path):
+    """Also where the first draw of each has every class already."""
+    write(tmp_path, with_masks=False)
+    pool = open_pool(Index.open(tmp_path))
+    small, large, other = (
+        draw(pool, n, "every-class", seed) for n, seed in ((8, 0), (16, 0), (8, 1))
+    )
+    assert not {*small} <= {*large} and {*small} != {*other}
+
+
 def test_classes_that_never_come_are_named(tmp_path):
     """Class 3 is in one image that shows nothing else of classes 1 and 2."""
     masks = [np.full((6, 8), label, np.uint16) for label in (0, 1, 2, 3)]
