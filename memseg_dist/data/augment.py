@@ -197,20 +197,10 @@ def augment(
         num_rows,
         num_columns,
     )
+    angle = None
     if config.rotate and draw.random() < config.rotate_chance:
         angle = math.radians(config.rotate * (2 * draw.random() - 1))
-        y, x = _turned(top + num_rows / 2, left + num_columns / 2, crop, angle, crop_box)
-        inside = (y >= 0) & (y < new_height) & (x >= 0) & (x < new_width)
-        image = _sampled(image, y, x)
-        row = rows[y.long().clamp_(0, new_height - 1)]
-        column = columns[x.long().clamp_(0, new_width - 1)]
-    else:
-        bottom, right = top + num_rows, left + num_columns
-        image = image[:, top:bottom, left:right]
-        inside = torch.ones(num_rows, num_columns, dtype=torch.bool)
-        row, column = rows[top:bottom, None], columns[left:right]
-        if flipped:
-            image, column = functional.horizontal_flip_image(image), column.flip(0)
+    image, inside, row, column = _cut(image, rows, columns, (top, left), crop, crop_box, angle)
     if config.photometric:
         image = distort_colours(image, draw)
 
@@ -225,6 +215,37 @@ def augment(
         saliency=None if saliency is None else padded(saliency[row, column].float() / 255, -1),
         pseudo_mask=None if pseudo_mask is None else padded(pseudo_mask[row, column], IGNORE),
     )
+
+
+def _cut(
+    image: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    corner: tuple[int, int],
+    crop: tuple[int, int],
+    box: CropBox,
+    angle: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The crop's pixels, and where they come from.
+
+    image: uint8 [3, h, w], resized; rows [h], columns [w]: its pixels in the stored image; angle:
+    in radians, None for a straight crop. Returns uint8 [3, y, x], bool [y, x] (False outside of the
+    image), and row and column in the stored image, which broadcast to [y, x].
+    """
+    top, left = corner
+    if angle is not None:
+        height, width = len(rows), len(columns)
+        y, x = _turned(top + box.rows / 2, left + box.columns / 2, crop, angle, box)
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        row = rows[y.long().clamp_(0, height - 1)]
+        column = columns[x.long().clamp_(0, width - 1)]
+        return _sampled(image, y, x), inside, row, column
+    bottom, right = top + box.rows, left + box.columns
+    image, column = image[:, top:bottom, left:right], columns[left:right]
+    if box.flipped:
+        image, column = functional.horizontal_flip_image(image), column.flip(0)
+    inside = torch.ones(box.rows, box.columns, dtype=torch.bool)
+    return image, inside, rows[top:bottom, None], column
 
 
 def _turned(

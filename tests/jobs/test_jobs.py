@@ -23,6 +23,7 @@ from memseg_dist.nn.backbone import build_backbone
 from memseg_dist.pipeline import main, parse
 from memseg_dist.stages import is_reference, resolved
 from memseg_dist.tools import miniature
+from memseg_dist.train.optim import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINES = (
@@ -427,3 +428,97 @@ def test_smoke_through_ray_and_deepspeed(tmp_path, name):
     for run in runs:
         assert (run / "checkpoints" / "step-00000004" / "manifest.json").exists()
     assert "mlflow ui --backend-store-uri sqlite:///" in done.stdout
+
+
+# -------------------------------------------------------------------- few masks
+
+
+@pytest.mark.parametrize(
+    ("net", "decay", "dropout"), [("xception65", 4e-5, 0.5), ("resnet101", 1e-4, 0.0)]
+)
+def test_pseudoseg_has_the_papers_settings(job, net, decay, dropout):
+    run = stages_of(job("pseudoseg_voc"), split="1_16-seed0", net=net)["train"]
+    few, everything = run.sources
+    assert (few.supervision, few.split, few.labels_from) == ("masks", "1_16-seed0", "crop")
+    assert few.path.endswith("/train") and everything.path.endswith("/train_aug")
+    assert (everything.supervision, everything.split) == ("none", None)
+    assert {(s.slots, s.batch_per_slot, s.augment.crop) for s in run.sources} == {(16, 4, 513)}
+    assert not everything.augment.photometric and everything.augment.scale_range == (0.5, 2.0)
+    optimizer = run.optimizer
+    assert (optimizer.kind, optimizer.lr, optimizer.power, optimizer.min_lr) == (
+        "sgd",
+        7e-3,
+        0.9,
+        0,
+    )
+    assert (optimizer.weight_decay, optimizer.bias_lr_scale, run.steps) == (decay, 2.0, 30_000)
+    method = run.method
+    assert (method.gamma, method.temperature, method.classifier_dropout) == (0.5, 0.5, dropout)
+    assert run.backbone.output_stride == 16 and method.background == "background"
+    coco = stages_of(job("pseudoseg_coco"))["train"]
+    assert (coco.steps, coco.optimizer.lr) == (200_000, 7e-3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "of"),
+    [("none", "none", "index"), ("image", "labels", "index"), ("crop", "labels", "crop")],
+)
+def test_pseudoseg_takes_image_labels_of_the_image_or_of_the_crop(job, labels, kind, of):
+    _, everything = stages_of(job("pseudoseg_voc"), image_labels=labels)["train"].sources
+    assert (everything.supervision, everything.labels_from) == (kind, of)
+    assert everything.hide_mask
+
+
+@pytest.mark.parametrize("name", SEMI)
+def test_the_recipes_to_compare_with_have_the_same_network_and_steps(job, name):
+    module = job(name)
+    options = {"smoke": True, "split": "a"} if name.endswith("folder") else {"split": "a"}
+    own = stages_of(module, **options)
+    last = [*own.values()][-1]
+    plain = stages_of(module, **options, recipe="supervised")
+    assert [*plain] == ["train"]
+    train = plain["train"]
+    assert [source.split for source in train.sources] == ["a"]
+    offline = stages_of(module, **options, recipe="self-training")
+    assert [*offline] == ["teacher", "labels", "student"]
+    assert offline["labels"].labeller.threshold == 0.5
+    assert not offline["labels"].labeller.restrict_to_labels, "labels of the index would leak"
+    student = offline["student"]
+    assert student.sources[1].supervision == "masks"
+    assert student.sources[1].path == "stage:labels"
+    assert student.sources[0] == train.sources[0]
+    for run in (train, offline["teacher"], student):
+        assert (run.backbone, run.optimizer, run.steps) == (
+            last.backbone,
+            last.optimizer,
+            last.steps,
+        )
+        assert run.method == train.method
+    names = [run.name for run in (train, *offline.values(), *own.values()) if hasattr(run, "name")]
+    assert len(names) == len(set(names)), "each run needs a directory of its own"
+
+
+@pytest.mark.parametrize(
+    ("name", "crop", "weight", "first_steps", "unlabelled"),
+    [("voc", 321, 0.25, 10_000, 9), ("cityscapes", (256, 512), 0.5, 20_000, 4)],
+)
+def test_three_stage_has_the_papers_settings(job, name, crop, weight, first_steps, unlabelled):
+    stages = stages_of(job(f"three_stage_{name}"), split="100-seed0")
+    assert [*stages] == ["stage1", "labels1", "stage2", "labels2", "stage3"]
+    assert (stages["stage1"].steps, stages["stage1"].method.kind) == (first_steps, "segment")
+    for number, labels in ((2, "labels1"), (3, "labels2")):
+        run = stages[f"stage{number}"]
+        few, everything = run.sources
+        assert (run.method.stage, run.steps) == (number, 60_000)
+        assert (run.method.consistency_weight, run.method.pseudo_weight) == (weight, weight)
+        assert {source.pseudo_masks for source in run.sources} == {f"stage:{labels}"}
+        assert few.slots * few.batch_per_slot == 1
+        assert everything.slots * everything.batch_per_slot == unlabelled
+        assert (few.split, everything.split) == ("100-seed0", None)
+        assert everything.supervision == "none" and few.augment.crop == crop
+        assert run.backbone.frozen_batchnorm and run.backbone.output_stride == 8
+        assert (run.optimizer.kind, run.optimizer.weight_decay) == ("adamw", 0.0)
+        assert learning_rate(run.optimizer, 59_999, 60_000) == run.optimizer.lr == 3e-5
+    for labels in ("labels1", "labels2"):
+        labeller = stages[labels].labeller
+        assert (labeller.threshold, labeller.restrict_to_labels) == (0.0, False)
