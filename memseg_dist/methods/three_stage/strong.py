@@ -13,8 +13,7 @@ Coordinates are those of PIL: the centre of pixel (y, x) is at (x + 0.5, y + 0.5
 where a pixel of the result is read. Shearing leaves the first row or column where it is, a rotation
 the centre of the image.
 
-Shape letters: B images, C channels, V values of a channel, H x W pixels, P of one image, M maps, N
-boxes.
+Shape letters: B images, H x W pixels, M maps, N boxes.
 """
 
 from __future__ import annotations
@@ -72,20 +71,6 @@ def autocontrast(image: Tensor) -> Tensor:
     return torch.where(high > low, ((image - low) * scale).to(torch.uint8), image)
 
 
-def equalize(image: Tensor) -> Tensor:
-    """PIL's. torchvision's reshapes in place, which the test of host syncs cannot follow."""
-    values_CP = image.flatten(1).long()
-    counts_CV = values_CP.new_zeros(len(image), 256).scatter_add_(
-        1, values_CP, torch.ones_like(values_CP)
-    )
-    below_CV = counts_CV.cumsum(dim=1) - counts_CV
-    below_the_largest_C1 = below_CV.gather(1, values_CP.amax(dim=1, keepdim=True))
-    step_C1 = below_the_largest_C1 // 255
-    new_CV = (below_CV + step_C1 // 2) // step_C1.clamp_min(1)
-    equalized = new_CV.clamp_max(255).gather(1, values_CP).view_as(image).to(torch.uint8)
-    return torch.where(step_C1[..., None] > 0, equalized, image)
-
-
 def adjust_sharpness(image: Tensor, factor: float) -> Tensor:
     """torchvision's copies its kernel, [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13, from the host."""
     if min(image.shape[-2:]) < 3:
@@ -114,7 +99,7 @@ def factor(magnitude: int) -> float:
 
 COLOUR: dict[str, Callable[[Tensor, int], Tensor]] = {
     "autocontrast": lambda image, m: autocontrast(image),
-    "equalize": lambda image, m: equalize(image),
+    "equalize": lambda image, m: colour.equalize_image(image),
     "solarize": lambda image, m: colour.solarize_image(image, 256 - int(25.6 * m)),
     "posterize": lambda image, m: colour.posterize_image(image, 4 - int(0.4 * m)),
     "color": lambda image, m: colour.adjust_saturation_image(image, factor(m)),

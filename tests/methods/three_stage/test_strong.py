@@ -125,7 +125,6 @@ def test_boxes_are_cut_at_the_border():
     ("name", "theirs"),
     [
         ("autocontrast", torchvision.autocontrast_image),
-        ("equalize", torchvision.equalize_image),
         ("sharpness", lambda image: torchvision.adjust_sharpness_image(image, 0.18 * 7 + 0.1)),
     ],
 )
@@ -140,7 +139,7 @@ def test_own_colour_operations_are_torchvisions(name, theirs):
     for image in images:
         before = image.clone()
         found, wanted = COLOUR[name](image, 7).int(), theirs(image).int()
-        assert (found - wanted).abs().max() <= (0 if name == "equalize" else 1)
+        assert (found - wanted).abs().max() <= 1
         assert torch.equal(image, before)
     if name == "sharpness":
         assert torch.equal(COLOUR[name](images[0][:, :2], 7), images[0][:, :2])
