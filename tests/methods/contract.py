@@ -77,7 +77,7 @@ def beside_weights(method: Method) -> dict[str, torch.Tensor]:
     }
 
 
-class MethodContract:
+class StepContract:
     """method: its settings at the size of images of 32 pixels, epochs of 2 to 4 steps and 6 steps.
 
     losses: per source that it trains on - "masks" with masks of two classes, "weak" with labels of
@@ -134,13 +134,6 @@ class MethodContract:
         write_squares(root / "val", 5, 4, with_masks=True)
         return root
 
-    @pytest.fixture(scope="class")
-    def whole(self, data, tmp_path_factory, process_pool):
-        """The uninterrupted run of one worker."""
-        config = self.config(data, tmp_path_factory.mktemp("whole"))
-        (result,) = process_pool(1).run(type(self).run, to_json(config))
-        return config, result
-
     # ---------------------------------------------------------------- one slot
 
     def test_its_settings_are_json_and_its_kind_finds_them(self, data, tmp_path):
@@ -190,7 +183,58 @@ class MethodContract:
                     train_step(method, engine, slots, 0.01, whole, meter)
             assert all(bank.is_set.any() for bank in banks(method).values())
 
-    # ---------------------------------------------------------------- runs
+    def test_smoke_settings_train(self, data, tmp_path):
+        config = self.config(data, tmp_path, method=self.method.smoke(), steps=4)
+        assert run(to_json(config))["step"] == 4
+
+    def test_looking_leaves_memories_alone(self, data, tmp_path):
+        method, config = self.build(data, tmp_path)
+        before = digests(method)
+        averages = {name: tensor.clone() for name, tensor in beside_weights(method).items()}
+        ((batch, clock), *_) = self.slots(config, 0)
+        method.eval()
+        method.predict(batch.images, torch.arange(2))
+        method.maps(batch.images, [0] * len(batch.images))
+        method.train()
+        method(batch, dataclasses.replace(clock, idle=True))
+        method.after_step(clock)
+        assert digests(method) == before
+        for name, tensor in beside_weights(method).items():
+            assert torch.equal(tensor, averages[name]), name
+
+    def test_heads_stay_in_fp32_whoever_asks(self, data, tmp_path):
+        """Only the backbone of a bf16 run computes in bf16, in training, validation and use."""
+        whole, _ = self.build(data, tmp_path)
+        half, config = self.build(data, tmp_path, engine=EngineConfig("torch", precision="bf16"))
+        ((batch, clock), *_) = self.slots(config, 0)
+        for method in (whole.eval(), half.eval()):
+            for ask in (
+                lambda m: m.predict(batch.images, torch.arange(2)).dense(),
+                lambda m: m.embed(batch.images),
+                lambda m: sum(map(torch.sum, m.maps(batch.images, [0, 1]).values()), ZERO),
+                lambda m: sum(m(batch, dataclasses.replace(clock, idle=True)).values()),
+            ):
+                torch.manual_seed(0)
+                alone = ask(method)
+                torch.manual_seed(0)
+                with torch.autocast("cpu", torch.bfloat16):
+                    inside = ask(method)
+                assert alone.dtype == torch.float32 and torch.equal(inside, alone)
+        outputs = [m.predict(batch.images, torch.arange(2)).dense() for m in (whole, half)]
+        assert not torch.equal(*outputs), "the backbone of the bf16 run did not compute in bf16"
+
+
+class MethodContract(StepContract):
+    """The whole of it: runs, too, which take longer. A method's further settings, which share their
+    runs' machinery, inherit the contract of a step.
+    """
+
+    @pytest.fixture(scope="class")
+    def whole(self, data, tmp_path_factory, process_pool):
+        """The uninterrupted run of one worker."""
+        config = self.config(data, tmp_path_factory.mktemp("whole"))
+        (result,) = process_pool(1).run(type(self).run, to_json(config))
+        return config, result
 
     @pytest.mark.parametrize("workers", [2, 3])
     def test_the_same_run_on_any_number_of_workers(self, whole, tmp_path, process_pool, workers):
@@ -215,12 +259,6 @@ class MethodContract:
         found = process_pool(2).run(type(self).run, to_json(other))[0]
         assert found["digests"] == wanted["digests"]
         assert_same_losses(losses_of(other), losses_of(config), 1e-4)
-
-    def test_smoke_settings_train(self, data, tmp_path):
-        config = self.config(data, tmp_path, method=self.method.smoke(), steps=4)
-        assert run(to_json(config))["step"] == 4
-
-    # ---------------------------------------------------------------- use
 
     def test_a_checkpoint_predicts_what_the_run_did(self, whole):
         config, _ = whole
@@ -259,39 +297,3 @@ class MethodContract:
             assert class_ids.device.type == vectors.device.type == "cpu"
             assert (class_ids.diff() >= 0).all() and torch.isfinite(vectors).all()
             assert not len(class_ids) or 0 <= class_ids[0] <= class_ids[-1] < num_classes
-
-    def test_looking_leaves_memories_alone(self, data, tmp_path):
-        method, config = self.build(data, tmp_path)
-        before = digests(method)
-        averages = {name: tensor.clone() for name, tensor in beside_weights(method).items()}
-        ((batch, clock), *_) = self.slots(config, 0)
-        method.eval()
-        method.predict(batch.images, torch.arange(2))
-        method.maps(batch.images, [0] * len(batch.images))
-        method.train()
-        method(batch, dataclasses.replace(clock, idle=True))
-        method.after_step(clock)
-        assert digests(method) == before
-        for name, tensor in beside_weights(method).items():
-            assert torch.equal(tensor, averages[name]), name
-
-    def test_heads_stay_in_fp32_whoever_asks(self, data, tmp_path):
-        """Only the backbone of a bf16 run computes in bf16, in training, validation and use."""
-        whole, _ = self.build(data, tmp_path)
-        half, config = self.build(data, tmp_path, engine=EngineConfig("torch", precision="bf16"))
-        ((batch, clock), *_) = self.slots(config, 0)
-        for method in (whole.eval(), half.eval()):
-            for ask in (
-                lambda m: m.predict(batch.images, torch.arange(2)).dense(),
-                lambda m: m.embed(batch.images),
-                lambda m: sum(map(torch.sum, m.maps(batch.images, [0, 1]).values()), ZERO),
-                lambda m: sum(m(batch, dataclasses.replace(clock, idle=True)).values()),
-            ):
-                torch.manual_seed(0)
-                alone = ask(method)
-                torch.manual_seed(0)
-                with torch.autocast("cpu", torch.bfloat16):
-                    inside = ask(method)
-                assert alone.dtype == torch.float32 and torch.equal(inside, alone)
-        outputs = [m.predict(batch.images, torch.arange(2)).dense() for m in (whole, half)]
-        assert not torch.equal(*outputs), "the backbone of the bf16 run did not compute in bf16"

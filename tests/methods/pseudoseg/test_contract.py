@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from methods.contract import MethodContract
+from methods.contract import MethodContract, StepContract
 
 from memseg_dist.methods.pseudoseg.config import PseudoSegConfig, released
 from memseg_dist.nn.backbone import BackboneConfig
@@ -30,13 +30,13 @@ class TestImageLabels(MethodContract):
     teach_classes = {"masks"}
 
 
-class TestReleasedWithHardLabels(MethodContract):
+class TestReleasedWithHardLabels(StepContract):
     method = dataclasses.replace(released(SMALL), hard=True, threshold=0.5, norm_scope="image")
     changes = CONVOLUTIONS
     losses = {"masks": {"seg", "classification", "activation"}, "unlabelled": {"unlabelled"}}
 
 
-class TestSupervised(MethodContract):
+class TestSupervised(StepContract):
     method = dataclasses.replace(SMALL, pseudo_label="none")
     changes = CONVOLUTIONS
     losses = {"masks": {"seg"}}

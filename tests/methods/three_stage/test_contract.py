@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from methods.contract import MethodContract
+from methods.contract import MethodContract, StepContract
 from train.test_loop import assert_same_checkpoints, losses, run_until_killed
 
 from memseg_dist.methods.three_stage.config import ThreeStageConfig
@@ -14,7 +14,7 @@ SMALL = ThreeStageConfig(rates=(1, 2))
 LOSSES = {"masks": {"seg", "consistency", "pseudo"}, "unlabelled": {"consistency", "pseudo"}}
 
 
-class Contract(MethodContract):
+class PseudoMasks(StepContract):
     method = SMALL
     losses = LOSSES
 
@@ -26,7 +26,7 @@ class Contract(MethodContract):
         return dataclasses.replace(config, sources=tuple(sources))
 
 
-class TestStage2(Contract):
+class TestStage2(PseudoMasks, MethodContract):
     def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path):
         """By SIGKILL, under DeepSpeed: losses, weights and teacher, bit for bit."""
         whole, killed = (self.config(data, tmp_path / name) for name in ("whole", "killed"))
@@ -36,12 +36,12 @@ class TestStage2(Contract):
         assert_same_checkpoints(killed, whole)
 
 
-class TestStage3(Contract):
+class TestStage3(PseudoMasks, MethodContract):
     method = dataclasses.replace(SMALL, stage=3)
     changes = {"backbone": BackboneConfig("test_resnet", output_stride=8, drop_path=0.0)}
 
 
-class TestStage2WithFrozenBatchNorm(Contract):
+class TestStage2WithFrozenBatchNorm(PseudoMasks):
     """The branch's own BatchNorm is trained."""
 
     changes = {
@@ -51,5 +51,5 @@ class TestStage2WithFrozenBatchNorm(Contract):
     }
 
 
-class TestItsOwnTeacherSoftTargets(Contract):
+class TestItsOwnTeacherSoftTargets(PseudoMasks):
     method = dataclasses.replace(SMALL, teacher="student", target="soft", keep_cutout_pixels=False)
