@@ -22,6 +22,7 @@ class TestContract(MethodContract):
     def test_the_same_run_on_any_number_of_workers(self, whole, tmp_path, process_pool, workers):
         super().test_the_same_run_on_any_number_of_workers(whole, tmp_path, process_pool, workers)
 
+    @pytest.mark.slow
     def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path):
         """By SIGKILL, under DeepSpeed: losses, weights and memory, bit for bit."""
         whole, killed = (self.config(data, tmp_path / name) for name in ("whole", "killed"))

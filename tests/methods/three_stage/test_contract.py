@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from methods.contract import MethodContract, StepContract
 from train.test_loop import assert_same_checkpoints, losses, run_until_killed
 
@@ -27,6 +28,7 @@ class PseudoMasks(StepContract):
 
 
 class TestStage2(PseudoMasks, MethodContract):
+    @pytest.mark.slow
     def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path):
         """By SIGKILL, under DeepSpeed: losses, weights and teacher, bit for bit."""
         whole, killed = (self.config(data, tmp_path / name) for name in ("whole", "killed"))
