@@ -184,7 +184,8 @@ def train(study: Study, variant: str, seed: int) -> Row:
 
 
 def main(study: Study) -> None:
-    prepare(study)
+    if study.pictures is None:
+        shared.prepare_scenes(ROOT, study.data, study.backbone)
     names = study.variants or tuple(study.known)
     kind = "scenes" if study.pictures is None else "pictures"
     study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
@@ -213,19 +214,6 @@ def show(rows: list[Row], names: tuple[str, ...], title: str) -> None:
     console = Console(width=130)
     console.print(scores)
     console.print(directions)
-
-
-def prepare(study: Study) -> None:
-    """Scenes and backbone, where they are not there yet."""
-    if study.pictures is not None:
-        return
-    if not (study.data / "val" / "index.parquet").exists():
-        shared.run(ROOT, "datasets/scenes.py", "--root", study.data)
-    if not study.backbone.exists():
-        shared.run(
-            ROOT, "jobs/pretrain_scenes.py", "--data", study.data,
-            "--storage", study.backbone.parents[1],
-        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from memseg_dist.config import (
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.index import Index
 from memseg_dist.launch import launch
+from memseg_dist.methods.three_stage.config import ThreeStageConfig
 from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.stages import LabelConfig, Stage, resolved
 from memseg_dist.tools import study as shared
@@ -74,6 +75,8 @@ PHASES = (
 """What needs the results of the phase before."""
 SCENES = [name for phase in PHASES for name in phase]
 PICTURES = ["supervised", "self-training", "PseudoSeg", "stage 1", "stage 2", "stage 3"]
+NUM_SCENES = 640
+"""So that a sixteenth of their masks is 40, which runs of a minute do exhaust."""
 ALL = "all"
 """In the place of a share: every mask."""
 COMPARED = {
@@ -104,14 +107,14 @@ class Study:
     """Shares of the masks; by default 1/16 and 1/4, of pictures 1/16, 1/8, 1/4 and all."""
     variants: tuple[str, ...] = ()
     """Which variants to run; all by default, of pictures those of a paper's main table."""
-    steps: int = 250
+    steps: int = 300
     """Of every network."""
     pictures: Path | None = None
     """Folder of shards of real pictures, instead of generated scenes."""
     weights: Path | None = None
     """Weights of tf_efficientnet_lite0 for the real pictures."""
-    data: Path = Path("data/scenes")
-    """Where the scenes are, or are drawn."""
+    data: Path = Path("data/scenes_640")
+    """Where the scenes are, or are drawn, fewer than a job's."""
     backbone: Path = Path("runs/pretrain_scenes/backbone.safetensors")
     """Weights of jobs/pretrain_scenes.py."""
     storage: Path = Path("runs/study_semi")
@@ -141,7 +144,8 @@ class Study:
 
 
 def main(study: Study) -> None:
-    prepare(study)
+    if study.pictures is None:
+        shared.prepare_scenes(ROOT, study.data, study.backbone, "--masks", NUM_SCENES)
     kind = "scenes" if study.pictures is None else "pictures"
     study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
     shared.check_inputs(study.storage, inputs_of(study))
@@ -269,6 +273,8 @@ def prepared(study: Study, stage: Stage) -> Stage:
     """With the study's budget: 4 labelled and 4 other pictures a step."""
     if isinstance(stage, LabelConfig):
         return replace(stage, truth=study.train_shards, workers=0, num_pictures=4)
+    from three_stage_recipes import FAST_DECAYS
+
     assert isinstance(stage, RunConfig)
     sources = tuple(replace(source, slots=1, batch_per_slot=4) for source in stage.sources)
     run = replace(
@@ -281,6 +287,8 @@ def prepared(study: Study, stage: Stage) -> Stage:
     )
     if study.pictures is None:
         return run
+    if isinstance(run.method, ThreeStageConfig):
+        run = replace(run, method=replace(run.method, decays=FAST_DECAYS))
     assert run.validation is not None
     return replace(
         run,
@@ -289,7 +297,7 @@ def prepared(study: Study, stage: Stage) -> Stage:
             LITE0,
             pretrained=str(study.weights),
             frozen_batchnorm=run.backbone.frozen_batchnorm,
-            output_stride=8 if run.backbone.frozen_batchnorm else None,
+            output_stride=16 if run.backbone.frozen_batchnorm else None,
         ),
         validation=replace(run.validation, resize=(240, 180)),
         optimizer=OptimizerConfig(
@@ -299,19 +307,6 @@ def prepared(study: Study, stage: Stage) -> Stage:
 
 
 # -------------------------------------------------------------------- inputs and tables
-
-
-def prepare(study: Study) -> None:
-    """Scenes and backbone, where they are not there yet."""
-    if study.pictures is not None:
-        return
-    if not (study.data / "val" / "index.parquet").exists():
-        shared.run(ROOT, "datasets/scenes.py", "--root", study.data)
-    if not study.backbone.exists():
-        shared.run(
-            ROOT, "jobs/pretrain_scenes.py", "--data", study.data,
-            "--storage", study.backbone.parents[1],
-        )  # fmt: skip
 
 
 def inputs_of(study: Study) -> dict[str, Path | None]:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.pipeline import JobOptions
 
 BACKGROUND = "background"
 """Uid of the class of all that has no label."""
+
+
+@dataclass(frozen=True)
+class MaskOptions(JobOptions):
+    """Your own pictures with masks."""
+
+    masks: str = "shards/train"
+    """Shards with pixel masks."""
+    val: str = "shards/val"
+    """Shards with masks to score on; every class of their vocabulary competes."""
+    crop: int = 512
+    """Side of the training crops in pixels; the shortest side of a picture is scaled to it."""
+
+    def vocabularies(self, **others: str) -> dict[str, Vocabulary]:
+        """Of these shards, and of others by the names of their sources."""
+        paths = {"masks": self.masks, "val": self.val} | others
+        return read_vocabularies(paths, smoke=self.smoke)
 
 
 def labelled(paths: Sequence[str]) -> dict[str, str]:

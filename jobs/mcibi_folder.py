@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from folder_setup import read_vocabularies
+from folder_setup import MaskOptions
 
 from memseg_dist.config import LaunchConfig, OptimizerConfig, RunConfig, ValidationConfig
 from memseg_dist.data.augment import AugmentConfig
@@ -24,20 +24,13 @@ from memseg_dist.data.loader import Source
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.mcibi.config import MCIBIConfig
 from memseg_dist.nn.backbone import BackboneConfig
-from memseg_dist.pipeline import JobOptions, main
+from memseg_dist.pipeline import main
 from memseg_dist.stages import Stage
 
 
 @dataclass(frozen=True)
-class Options(JobOptions):
+class Options(MaskOptions):
     """MCIBI on your own pictures with masks."""
-
-    masks: str = "shards/train"
-    """Shards with pixel masks."""
-    val: str = "shards/val"
-    """Shards with masks to score on; every class of their vocabulary competes."""
-    crop: int = 512
-    """Side of the training crops in pixels; the shortest side of a picture is scaled to it."""
 
 
 def stages(options: Options) -> dict[str, Stage]:
@@ -59,7 +52,7 @@ def stages(options: Options) -> dict[str, Stage]:
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    return read_vocabularies({"masks": options.masks, "val": options.val}, smoke=options.smoke)
+    return options.vocabularies()
 
 
 if __name__ == "__main__":

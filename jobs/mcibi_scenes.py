@@ -14,28 +14,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from scenes_setup import AUGMENT, BACKBONE, FEW_STEPS, NUM_OBJECTS, base_validation, novel_classes
+from scenes_setup import (
+    AUGMENT,
+    BACKBONE,
+    FEW_STEPS,
+    ScenesOptions,
+    base_validation,
+    mask_vocabularies,
+    novel_classes,
+)
 
 from memseg_dist.config import LaunchConfig, RunConfig
 from memseg_dist.data.loader import Source
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.mcibi.config import MCIBIConfig
-from memseg_dist.pipeline import JobOptions, main
+from memseg_dist.pipeline import main
 from memseg_dist.stages import Stage
-from memseg_dist.tools.shipped import recipe
 
 METHOD = MCIBIConfig(dim=64, rates=(2, 4, 6), stages=(-2, -1), consistency_epochs=0.1)
 """Narrow heads, dilations that fit maps of 12 x 12 positions, and runs of a few epochs."""
 
 
 @dataclass(frozen=True)
-class Options(JobOptions):
+class Options(ScenesOptions):
     """MCIBI on the generated scenes."""
-
-    data: str = "data/scenes"
-    """Folder that datasets/scenes.py wrote."""
-    backbone: str = "runs/pretrain_scenes/backbone.safetensors"
-    """Weights that jobs/pretrain_scenes.py wrote; '' for random ones."""
 
 
 def stages(options: Options) -> dict[str, Stage]:
@@ -54,8 +56,7 @@ def stages(options: Options) -> dict[str, Stage]:
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    vocabulary = recipe("scenes").vocabulary
-    return {"masks": vocabulary("masks", NUM_OBJECTS), "validation": vocabulary("val", NUM_OBJECTS)}
+    return mask_vocabularies("masks")
 
 
 if __name__ == "__main__":

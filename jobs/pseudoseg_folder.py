@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from folder_setup import read_vocabularies
+from folder_setup import MaskOptions
 from pseudoseg_recipes import NETS, PseudoSegOptions, all_images, pseudoseg_stages
 
 from memseg_dist.config import OptimizerConfig, ValidationConfig
@@ -30,17 +30,11 @@ from memseg_dist.stages import Stage
 
 
 @dataclass(frozen=True)
-class Options(PseudoSegOptions):
+class Options(MaskOptions, PseudoSegOptions):
     """PseudoSeg on your own pictures."""
 
-    masks: str = "shards/train"
-    """Shards with pixel masks."""
     images: str | None = None
     """Shards of pictures without masks; by default those of --masks, all of them."""
-    val: str = "shards/val"
-    """Shards with masks to score on; every class of their vocabulary competes."""
-    crop: int = 512
-    """Side of the training crops in pixels; the shortest side of a picture is scaled to it."""
 
 
 def stages(options: Options) -> dict[str, Stage]:
@@ -62,9 +56,7 @@ def stages(options: Options) -> dict[str, Stage]:
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    images = options.images or options.masks
-    paths = {"masks": options.masks, "images": images, "val": options.val}
-    return read_vocabularies(paths, smoke=options.smoke)
+    return options.vocabularies(images=options.images or options.masks)
 
 
 if __name__ == "__main__":

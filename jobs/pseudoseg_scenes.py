@@ -15,7 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pseudoseg_recipes import PseudoSegOptions, all_images, pseudoseg_stages
-from scenes_setup import AUGMENT, BACKBONE, FEW_STEPS, NUM_OBJECTS, base_validation, novel_classes
+from scenes_setup import (
+    AUGMENT,
+    BACKBONE,
+    FEW_STEPS,
+    ScenesOptions,
+    base_validation,
+    mask_vocabularies,
+    novel_classes,
+)
 
 from memseg_dist.config import LaunchConfig
 from memseg_dist.data.loader import Source
@@ -23,20 +31,15 @@ from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.pseudoseg.config import PseudoSegConfig
 from memseg_dist.pipeline import main
 from memseg_dist.stages import Stage
-from memseg_dist.tools.shipped import recipe
 
 METHOD = PseudoSegConfig(stages=(1, -2, -1), dim=64, attention_dim=32, rates=(2, 4, 6), warmup=0.2)
 """Narrow heads and dilations that fit maps of 12 x 12 positions."""
 
 
 @dataclass(frozen=True)
-class Options(PseudoSegOptions):
+class Options(ScenesOptions, PseudoSegOptions):
     """PseudoSeg on the generated scenes."""
 
-    data: str = "data/scenes"
-    """Folder that datasets/scenes.py wrote."""
-    backbone: str = "runs/pretrain_scenes/backbone.safetensors"
-    """Weights that jobs/pretrain_scenes.py wrote; '' for random ones."""
     launch: LaunchConfig = LaunchConfig(workers=2)
 
 
@@ -57,12 +60,7 @@ def stages(options: Options) -> dict[str, Stage]:
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    masks = recipe("scenes").vocabulary("masks", NUM_OBJECTS)
-    return {
-        "few": masks,
-        "all": masks,
-        "validation": recipe("scenes").vocabulary("val", NUM_OBJECTS),
-    }
+    return mask_vocabularies("few", "all")
 
 
 if __name__ == "__main__":

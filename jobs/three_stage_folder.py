@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from folder_setup import read_vocabularies
+from folder_setup import MaskOptions
 from three_stage_recipes import ThreeStageOptions, three_stages
 from three_stage_voc import ADAM
 
@@ -31,17 +31,12 @@ from memseg_dist.stages import Stage
 
 
 @dataclass(frozen=True)
-class Options(ThreeStageOptions):
+class Options(MaskOptions, ThreeStageOptions):
     """Three-stage self-training on your own pictures."""
 
-    masks: str = "shards/train"
-    """Shards with pixel masks."""
     images: str | None = None
     """Shards of all pictures, the labelled ones among them; by default those of --masks."""
-    val: str = "shards/val"
-    """Shards with masks to score on; every class of their vocabulary competes."""
     crop: int = 320
-    """Side of the training crops in pixels; the shortest side of a picture is scaled to it."""
     backbone: str = "resnet50.a1_in1k"
     """A convolutional net of timm."""
     weights: str = "hub"
@@ -73,9 +68,7 @@ def stages(options: Options) -> dict[str, Stage]:
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    images = options.images or options.masks
-    paths = {"masks": options.masks, "images": images, "val": options.val}
-    return read_vocabularies(paths, smoke=options.smoke)
+    return options.vocabularies(images=options.images or options.masks)
 
 
 if __name__ == "__main__":

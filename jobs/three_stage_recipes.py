@@ -17,6 +17,10 @@ from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.methods.three_stage.config import ThreeStageConfig
 from memseg_dist.stages import Stage, result
 
+FAST_DECAYS = (0.9, 0.95, 0.98, 0.99)
+"""Of the teacher in runs of some hundred steps: the paper's 0.999 keeps half of what it held 690
+steps ago."""
+
 
 @dataclass(frozen=True)
 class ThreeStageOptions(SemiOptions):

@@ -14,8 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from scenes_setup import AUGMENT, BACKBONE, FEW_STEPS, NUM_OBJECTS, base_validation, novel_classes
-from three_stage_recipes import ThreeStageOptions, three_stages
+from scenes_setup import (
+    AUGMENT,
+    BACKBONE,
+    FEW_STEPS,
+    ScenesOptions,
+    base_validation,
+    mask_vocabularies,
+    novel_classes,
+)
+from three_stage_recipes import FAST_DECAYS, ThreeStageOptions, three_stages
 
 from memseg_dist.config import LaunchConfig
 from memseg_dist.data.loader import Source
@@ -23,17 +31,15 @@ from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.three_stage.config import ThreeStageConfig
 from memseg_dist.pipeline import main
 from memseg_dist.stages import Stage
-from memseg_dist.tools.shipped import recipe
+
+METHOD = ThreeStageConfig(rates=(1, 2, 3), decays=FAST_DECAYS)
+"""Dilations that fit maps of 12 x 12 positions."""
 
 
 @dataclass(frozen=True)
-class Options(ThreeStageOptions):
+class Options(ScenesOptions, ThreeStageOptions):
     """Three-stage self-training on the generated scenes."""
 
-    data: str = "data/scenes"
-    """Folder that datasets/scenes.py wrote."""
-    backbone: str = "runs/pretrain_scenes/backbone.safetensors"
-    """Weights that jobs/pretrain_scenes.py wrote; '' for random ones."""
     launch: LaunchConfig = LaunchConfig(workers=2)
 
 
@@ -45,7 +51,7 @@ def stages(options: Options) -> dict[str, Stage]:
     run = options.run(
         options.name_of("three_stage", "scenes"),
         sources=(labelled, everything),
-        method=ThreeStageConfig(rates=(1, 2, 3)),
+        method=METHOD,
         backbone=replace(BACKBONE, pretrained=options.backbone),
         validation=base_validation(options.data),
         **FEW_STEPS,
@@ -54,12 +60,7 @@ def stages(options: Options) -> dict[str, Stage]:
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    masks = recipe("scenes").vocabulary("masks", NUM_OBJECTS)
-    return {
-        "few": masks,
-        "all": masks,
-        "validation": recipe("scenes").vocabulary("val", NUM_OBJECTS),
-    }
+    return mask_vocabularies("few", "all")
 
 
 if __name__ == "__main__":

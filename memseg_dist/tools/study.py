@@ -43,6 +43,15 @@ def run(root: Path, script: str, *arguments: object) -> None:
         sys.exit(result.returncode)
 
 
+def prepare_scenes(root: Path, data: Path, backbone: Path, *options: object) -> None:
+    """Scenes, drawn with these options, and a backbone where they are not there yet."""
+    if not (data / "val" / "index.parquet").exists():
+        run(root, "datasets/scenes.py", "--root", data, *options)
+    if not backbone.exists():
+        storage = backbone.parents[1]
+        run(root, "jobs/pretrain_scenes.py", "--data", data, "--storage", storage)
+
+
 def read_scores(directory: Path) -> dict[str, float]:
     """All, Base and Novel mIoU of a run's last evaluation. ValueError if it has none."""
     history = directory / "metrics.jsonl"

@@ -37,8 +37,13 @@ def attended(query_dN: Tensor, key_dN: Tensor, value_FN: Tensor, valid_N: Tensor
     return torch.stack(columns, dim=1)
 
 
-def calibrated(p: Tensor, m: Tensor, valid: Tensor, gamma: float, temperature: float) -> Tensor:
+def calibrated(
+    p: Tensor, m: Tensor, valid: Tensor, gamma: float, temperature: float, centred: bool
+) -> Tensor:
     """Eq. 4 of maps [B, T, h, w], position by position, with the mean under the root."""
+    if centred:
+        p, m = ((sum(-map[:, k] for k in range(map.shape[1])) / map.shape[1])[:, None] + map
+                for map in (p, m))  # fmt: skip
     squares = []
     for b, y, x in valid.nonzero().tolist():
         squares += [*p[b, :, y, x].square(), *m[b, :, y, x].square()]

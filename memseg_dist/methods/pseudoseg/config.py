@@ -48,6 +48,9 @@ class PseudoSegConfig(MethodConfig):
     """T of the sharpening; 1: off. The paper: 0.7 where there are many masks."""
     norm_scope: NormScope = "batch"
     """What the root mean square of Eq. 4 is taken over: the slot, each image, or each source."""
+    centred: bool = True
+    """Take r without the logits' mean over the classes, which no softmax sees; the code: with it.
+    SGD leaves it near 0, Adam lets it grow until r flattens the pseudo labels."""
     hard: bool = False
     """One-hot pseudo labels instead of soft ones."""
     threshold: float = 0.0
@@ -174,4 +177,4 @@ def released(config: PseudoSegConfig | None = None) -> PseudoSegConfig:
     images are those of the crop: `labels_from="crop"` of the source.
     """
     config = config or PseudoSegConfig()
-    return replace(config, warmup=0.0, strong_statistics=True)
+    return replace(config, warmup=0.0, centred=False, strong_statistics=True)

@@ -45,11 +45,16 @@ def fuse(
     valid_Bhw: Tensor,
     gamma: float = 0.5,
     scope: NormScope = "batch",
+    centred: bool = True,
 ) -> Tensor:
     """Eq. 4 before it is sharpened: probabilities [B, T, h, w] of two maps of logits.
 
-    gamma: weight of the decoder's.
+    gamma: weight of the decoder's. centred: without the logits' mean over the classes, which says
+    nothing about them but counts in r.
     """
+    if centred:
+        decoder_BThw = decoder_BThw - decoder_BThw.mean(dim=1, keepdim=True)
+        activation_BThw = activation_BThw - activation_BThw.mean(dim=1, keepdim=True)
     decoder_rms, activation_rms = root_mean_square(decoder_BThw, activation_BThw, valid_Bhw, scope)
     decoder = (decoder_BThw / decoder_rms).softmax(dim=1)
     return torch.lerp((activation_BThw / activation_rms).softmax(dim=1), decoder, gamma)

@@ -119,5 +119,6 @@ class Network(nn.Module):
             at_positions(valid_BHW, decoder_BThw),
             self.config.gamma,
             self.config.norm_scope,
+            self.config.centred,
         )
         return found

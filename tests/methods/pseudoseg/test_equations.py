@@ -149,12 +149,21 @@ def test_one_root_mean_square_for_both_sources():
         torch.testing.assert_close(r.squeeze(), own.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize(("gamma", "temperature"), [(0.5, 0.5), (0.3, 0.7), (1.0, 1.0)])
-def test_pseudo_labels_equal_the_loops(gamma, temperature):
+def test_pseudo_labels_equal_the_loops(gamma, temperature, centred):
     p, m, valid = 4 * drawn(B, T, H, W), drawn(B, T, H, W, seed=1), part_valid()
-    found = sharpen(fuse(p, m, valid, gamma), temperature)
-    expected = reference.calibrated(p, m, valid, gamma, temperature)
+    found = sharpen(fuse(p, m, valid, gamma, centred=centred), temperature)
+    expected = reference.calibrated(p, m, valid, gamma, temperature, centred)
     torch.testing.assert_close(found, expected)
+
+
+def test_what_all_classes_have_in_common_changes_no_pseudo_label():
+    p, m, valid = 4 * drawn(B, T, H, W), drawn(B, T, H, W, seed=1), part_valid()
+    drift = 20 * drawn(B, 1, H, W, seed=2)
+    torch.testing.assert_close(fuse(p + drift, m, valid), fuse(p, m, valid))
+    apart = fuse(p + drift, m, valid, centred=False) - fuse(p, m, valid, centred=False)
+    assert apart.abs().max() > 0.1
 
 
 def test_sharpening_a_certain_class_stays_finite():

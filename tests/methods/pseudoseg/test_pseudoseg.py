@@ -156,7 +156,9 @@ class BySteps:
         p = self.net.decoder(maps[0], maps[-1])[:, self.trained]
         m = resized(self.activation_logits(maps, shown, valid), p.shape[-2:])
         fine = item.valid[:, 1::2, 1::2]
-        return reference.calibrated(p, m, fine, self.config.gamma, self.config.temperature)
+        return reference.calibrated(
+            p, m, fine, self.config.gamma, self.config.temperature, self.config.centred
+        )
 
     def unlabelled(self, item: Batch, clock: Clock) -> dict[str, Tensor]:
         maps, valid = self.backbone(item.images, item.valid), item.valid[:, 2::4, 2::4]
