@@ -185,7 +185,8 @@ def train(study: Study, variant: str, seed: int) -> Row:
 
 def main(study: Study) -> None:
     if study.pictures is None:
-        shared.prepare_scenes(ROOT, study.data, study.backbone)
+        shared.prepare_scenes(ROOT, study.data)
+        shared.prepare_backbone(ROOT, study.backbone, study.data)
     names = study.variants or tuple(study.known)
     kind = "scenes" if study.pictures is None else "pictures"
     study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")

@@ -188,10 +188,7 @@ def prepare(study: Study) -> None:
             ROOT, "datasets/scenes_weak.py", "--root", study.data, "--num-objects", 12,
             "--train", 640, "--val", 200,
         )  # fmt: skip
-    if not study.backbone.exists():
-        if not Path("data/scenes/val/index.parquet").exists():
-            shared.run(ROOT, "datasets/scenes.py", "--root", "data/scenes")
-        shared.run(ROOT, "jobs/pretrain_scenes.py", "--storage", study.backbone.parents[1])
+    shared.prepare_backbone(ROOT, study.backbone)
 
 
 def _import_jobs() -> None:

@@ -75,8 +75,9 @@ PHASES = (
 """What needs the results of the phase before."""
 SCENES = [name for phase in PHASES for name in phase]
 PICTURES = ["supervised", "self-training", "PseudoSeg", "stage 1", "stage 2", "stage 3"]
-NUM_SCENES = 640
-"""So that a sixteenth of their masks is 40, which runs of a minute do exhaust."""
+NUM_SCENES, NUM_OBJECTS = 640, 12
+"""A sixteenth of the masks is 40: in runs of a minute they teach less than all of them do."""
+SCENE_FLAGS = ("--masks", NUM_SCENES, "--num-objects", NUM_OBJECTS)
 ALL = "all"
 """In the place of a share: every mask."""
 COMPARED = {
@@ -113,8 +114,8 @@ class Study:
     """Folder of shards of real pictures, instead of generated scenes."""
     weights: Path | None = None
     """Weights of tf_efficientnet_lite0 for the real pictures."""
-    data: Path = Path("data/scenes_640")
-    """Where the scenes are, or are drawn, fewer than a job's."""
+    data: Path = Path("data/scenes_12")
+    """Where the scenes are, or are drawn: fewer, and with fewer classes, than a job's."""
     backbone: Path = Path("runs/pretrain_scenes/backbone.safetensors")
     """Weights of jobs/pretrain_scenes.py."""
     storage: Path = Path("runs/study_semi")
@@ -145,7 +146,8 @@ class Study:
 
 def main(study: Study) -> None:
     if study.pictures is None:
-        shared.prepare_scenes(ROOT, study.data, study.backbone, "--masks", NUM_SCENES)
+        shared.prepare_scenes(ROOT, study.data, *SCENE_FLAGS)
+        shared.prepare_backbone(ROOT, study.backbone)
     kind = "scenes" if study.pictures is None else "pictures"
     study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
     shared.check_inputs(study.storage, inputs_of(study))
@@ -233,9 +235,7 @@ def pseudoseg(study: Study, options: dict, method: Mapping | None = None, **more
     if study.pictures is None:
         from pseudoseg_scenes import Options, stages
 
-        found = stages(
-            Options(data=str(study.data), backbone=str(study.backbone), **options, **more)
-        )
+        found = stages(Options(**scenes_options(study), **options, **more))
     else:
         from pseudoseg_folder import Options, stages
 
@@ -252,19 +252,24 @@ def three_stage(study: Study, options: dict) -> dict:
     if study.pictures is None:
         from three_stage_scenes import Options, stages
 
-        return stages(Options(data=str(study.data), backbone=str(study.backbone), **options))
+        return stages(Options(**scenes_options(study), **options))
     from three_stage_folder import Options, stages
 
     return stages(Options(**pictures_options(study), **options))
+
+
+def scenes_options(study: Study) -> dict:
+    paths = {"data": str(study.data), "backbone": str(study.backbone)}
+    return paths | {"num_objects": NUM_OBJECTS}
 
 
 def pictures_options(study: Study) -> dict:
     return {"masks": study.train_shards, "val": f"{study.pictures}/test", "crop": 144}
 
 
-PSEUDOSEG_ON_PICTURES = {"stages": (1, 2, 3), "dim": 64, "attention_dim": 32, "rates": (2, 4, 6)}
+PSEUDOSEG_ON_PICTURES = {"stages": (1, -2, -1), "dim": 64, "attention_dim": 32, "rates": (2, 4, 6)}
 LITE0 = BackboneConfig(
-    "tf_efficientnet_lite0", drop_path=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    "tf_efficientnet_lite0", last_stage=3, drop_path=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
 AUGMENT = AugmentConfig((240, 180), (0.75, 1.5), 144, photometric=False, category_max_ratio=1.0)
 
@@ -297,7 +302,7 @@ def prepared(study: Study, stage: Stage) -> Stage:
             LITE0,
             pretrained=str(study.weights),
             frozen_batchnorm=run.backbone.frozen_batchnorm,
-            output_stride=16 if run.backbone.frozen_batchnorm else None,
+            output_stride=8 if run.backbone.frozen_batchnorm else None,
         ),
         validation=replace(run.validation, resize=(240, 180)),
         optimizer=OptimizerConfig(

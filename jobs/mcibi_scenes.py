@@ -6,7 +6,7 @@
     python jobs/mcibi_scenes.py
     python jobs/mcibi_scenes.py --method.context aspp --method.rates 2 4 6
 
-The masks of the 24 base classes are learned and scored; pixels of the others are unknown. Scores:
+The masks of the base classes are learned and scored; pixels of the others are unknown. Scores:
 docs/results.md; over seeds, contexts and controls: benchmarks/study_mcibi.py.
 """
 
@@ -14,15 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from scenes_setup import (
-    AUGMENT,
-    BACKBONE,
-    FEW_STEPS,
-    ScenesOptions,
-    base_validation,
-    mask_vocabularies,
-    novel_classes,
-)
+from scenes_setup import AUGMENT, BACKBONE, FEW_STEPS, ScenesOptions
 
 from memseg_dist.config import LaunchConfig, RunConfig
 from memseg_dist.data.loader import Source
@@ -41,14 +33,13 @@ class Options(ScenesOptions):
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    masks = f"{options.data}/masks"
     run = RunConfig(
         name="mcibi_scenes",
         storage="runs",
-        sources=(Source("masks", masks, "masks", 2, 8, AUGMENT, exclude=novel_classes()),),
+        sources=(Source("masks", options.masks, "masks", 2, 8, AUGMENT, exclude=options.novel),),
         method=METHOD,
         backbone=replace(BACKBONE, pretrained=options.backbone),
-        validation=base_validation(options.data),
+        validation=options.validation,
         launch=LaunchConfig(workers=2),
         **FEW_STEPS,
     )
@@ -56,7 +47,7 @@ def stages(options: Options) -> dict[str, Stage]:
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    return mask_vocabularies("masks")
+    return options.vocabularies("masks")
 
 
 if __name__ == "__main__":

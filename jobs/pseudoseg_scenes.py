@@ -6,7 +6,7 @@
     python jobs/pseudoseg_scenes.py --split 1_16-seed0
     python jobs/pseudoseg_scenes.py --split 1_16-seed0 --recipe supervised    # or self-training
 
-The masks of the 24 base classes are learned and scored; pixels of the others are unknown. Scores:
+The masks of the base classes are learned and scored; pixels of the others are unknown. Scores:
 docs/results.md; over splits and variants: benchmarks/study_semi.py.
 """
 
@@ -15,15 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pseudoseg_recipes import PseudoSegOptions, all_images, pseudoseg_stages
-from scenes_setup import (
-    AUGMENT,
-    BACKBONE,
-    FEW_STEPS,
-    ScenesOptions,
-    base_validation,
-    mask_vocabularies,
-    novel_classes,
-)
+from scenes_setup import AUGMENT, BACKBONE, FEW_STEPS, ScenesOptions
 
 from memseg_dist.config import LaunchConfig
 from memseg_dist.data.loader import Source
@@ -44,23 +36,22 @@ class Options(ScenesOptions, PseudoSegOptions):
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    train = f"{options.data}/masks"
-    labelled = Source("few", train, "masks", 1, 8, AUGMENT, labels_from="crop",
-                      exclude=novel_classes(), split=options.split)  # fmt: skip
+    labelled = Source("few", options.masks, "masks", 1, 8, AUGMENT, labels_from="crop",
+                      exclude=options.novel, split=options.split)  # fmt: skip
     everything = replace(labelled, name="all")
     run = options.run(
         options.name_of("pseudoseg", "scenes"),
         sources=(labelled, all_images(options, everything)),
         method=METHOD,
         backbone=replace(BACKBONE, pretrained=options.backbone),
-        validation=base_validation(options.data),
+        validation=options.validation,
         **FEW_STEPS,
     )
-    return pseudoseg_stages(options, run, truth=train)
+    return pseudoseg_stages(options, run, truth=options.masks)
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    return mask_vocabularies("few", "all")
+    return options.vocabularies("few", "all")
 
 
 if __name__ == "__main__":

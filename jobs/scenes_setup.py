@@ -29,24 +29,29 @@ class ScenesOptions(JobOptions):
     """Folder that datasets/scenes.py wrote."""
     backbone: str = "runs/pretrain_scenes/backbone.safetensors"
     """Weights that jobs/pretrain_scenes.py wrote; '' for random ones."""
+    num_objects: int = NUM_OBJECTS
+    """Object classes that datasets/scenes.py was given; every third of them is novel."""
 
+    @property
+    def masks(self) -> str:
+        return f"{self.data}/masks"
 
-def mask_vocabularies(*sources: str) -> dict[str, Vocabulary]:
-    """Of these sources of masks, and of the validation."""
-    vocabulary = recipe("scenes").vocabulary
-    masks = dict.fromkeys(sources, vocabulary("masks", NUM_OBJECTS))
-    return masks | {"validation": vocabulary("val", NUM_OBJECTS)}
+    @property
+    def novel(self) -> tuple[str, ...]:
+        """Uids of the classes that no mask of the training scenes shows."""
+        return tuple(recipe("scenes").base_and_novel(self.num_objects)[1])
 
+    @property
+    def validation(self) -> ValidationConfig:
+        """Over the classes that masks teach."""
+        path = f"{self.data}/val"
+        return ValidationConfig(path, mode="whole", resize=(96, 96), exclude=self.novel)
 
-def novel_classes() -> tuple[str, ...]:
-    """Uids of the classes that no mask of the training scenes shows."""
-    return tuple(recipe("scenes").base_and_novel(NUM_OBJECTS)[1])
-
-
-def base_validation(data: str) -> ValidationConfig:
-    """Of the scenes in the folder `data`, over the classes that masks teach."""
-    novel = novel_classes()
-    return ValidationConfig(f"{data}/val", mode="whole", resize=(96, 96), exclude=novel)
+    def vocabularies(self, *sources: str) -> dict[str, Vocabulary]:
+        """Of these sources of masks, and of the validation."""
+        vocabulary = recipe("scenes").vocabulary
+        masks = dict.fromkeys(sources, vocabulary("masks", self.num_objects))
+        return masks | {"validation": vocabulary("val", self.num_objects)}
 
 
 FEW_STEPS: dict[str, Any] = {

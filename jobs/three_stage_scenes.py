@@ -6,7 +6,7 @@
     python jobs/three_stage_scenes.py --split 1_16-seed0
     python jobs/three_stage_scenes.py --split 1_16-seed0 --recipe supervised  # or self-training
 
-The masks of the 24 base classes are learned and scored; pixels of the others are unknown. Scores:
+The masks of the base classes are learned and scored; pixels of the others are unknown. Scores:
 docs/results.md; over splits and variants: benchmarks/study_semi.py.
 """
 
@@ -14,15 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from scenes_setup import (
-    AUGMENT,
-    BACKBONE,
-    FEW_STEPS,
-    ScenesOptions,
-    base_validation,
-    mask_vocabularies,
-    novel_classes,
-)
+from scenes_setup import AUGMENT, BACKBONE, FEW_STEPS, ScenesOptions
 from three_stage_recipes import FAST_DECAYS, ThreeStageOptions, three_stages
 
 from memseg_dist.config import LaunchConfig
@@ -44,8 +36,7 @@ class Options(ScenesOptions, ThreeStageOptions):
 
 
 def stages(options: Options) -> dict[str, Stage]:
-    train = f"{options.data}/masks"
-    labelled = Source("few", train, "masks", 1, 8, AUGMENT, exclude=novel_classes(),
+    labelled = Source("few", options.masks, "masks", 1, 8, AUGMENT, exclude=options.novel,
                       split=options.split)  # fmt: skip
     everything = replace(labelled, name="all", supervision="none", split=None)
     run = options.run(
@@ -53,14 +44,14 @@ def stages(options: Options) -> dict[str, Stage]:
         sources=(labelled, everything),
         method=METHOD,
         backbone=replace(BACKBONE, pretrained=options.backbone),
-        validation=base_validation(options.data),
+        validation=options.validation,
         **FEW_STEPS,
     )
-    return three_stages(options, run, first=labelled, truth=train)
+    return three_stages(options, run, first=labelled, truth=options.masks)
 
 
 def vocabularies(options: Options) -> dict[str, Vocabulary]:
-    return mask_vocabularies("few", "all")
+    return options.vocabularies("few", "all")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import freeze_batch_norm_2d, resample_abs_pos_embed
 from timm.models import FeatureInfo
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.hrnet import HighResolutionNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
 from memseg_dist.nn.batchnorm import record_batchnorm
@@ -56,6 +59,9 @@ class BackboneConfig:
     a BEiT takes pictures of this size alone."""
     output_stride: int | None = None
     """8, 16 or 32 for convolutional nets (dilated as needed); None keeps the net's own."""
+    last_stage: int | None = None
+    """Feature stage to stop at, counted from 0: a smaller net. Stages that a method counts from the
+    end are counted from this one; None: the net's own last."""
     drop_path: float = 0.1
     """Stochastic depth rate of the last block, linear from 0 at the first; vgg16 and resnet38 have
     none."""
@@ -107,7 +113,9 @@ class Backbone(nn.Module):
         info = FeatureInfo(net.feature_info, indices) if self._is_transformer else net.feature_info
         self.stages = tuple(map(FeatureStage, info.channels(), info.reduction()))
         self.dim, self.stride = self.stages[-1].dim, self.stages[-1].stride
-        self._deepest_stride = max(stage["reduction"] for stage in info.info)
+        # an HRNet adds up maps of all its strides, whatever stages are asked for
+        count = None if isinstance(net, HighResolutionNetFeatures) else indices[-1] + 1
+        self._deepest_stride = max(stage["reduction"] for stage in info.info[:count])
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -121,7 +129,6 @@ class Backbone(nn.Module):
         if valid is not None:
             pixels = pixels * valid[:, None]
         height, width = images.shape[-2:]
-        # a net may need more than the stages asked for do: HRNet adds maps of all its strides
         below, right = -height % self._deepest_stride, -width % self._deepest_stride
         if below or right:
             pixels = F.pad(pixels, (0, right, 0, below))
@@ -189,6 +196,13 @@ def _build_net(
     with torch.device("meta"):  # draws no random numbers: the net below gets the caller's first
         probe: Any = make(**_of_whole_net(options))
     count = len(probe.feature_info)
+    if config.last_stage is not None:
+        if not 0 <= config.last_stage < count:
+            raise ValueError(
+                f"backbone.last_stage {config.last_stage}: backbone '{config.name}' has the stages "
+                f"0 to {count - 1}"
+            )
+        count = config.last_stage + 1
     indices = tuple(stage + count if stage < 0 else stage for stage in stages)
     if not indices or list(indices) != sorted(set(indices) & set(range(count))):
         raise ValueError(
@@ -203,7 +217,11 @@ def _build_net(
         more = {"num_classes": 0} | _size_options(probe, config.image_size)
         if not hasattr(probe, "head_dist"):  # which cannot do without its two tokens
             more["global_pool"] = ""  # a pooled ViT would have its norm behind the pooling
-    return make(**more | options), indices
+    net = make(**more | options)
+    if isinstance(net, EfficientNetFeatures | MobileNetV3Features):
+        # they would run all blocks, whatever stages are asked for
+        net.blocks = net.blocks[: max(stage["stage"] for stage in net.feature_info.get_dicts())]
+    return net, indices
 
 
 def _of_whole_net(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,13 +43,18 @@ def run(root: Path, script: str, *arguments: object) -> None:
         sys.exit(result.returncode)
 
 
-def prepare_scenes(root: Path, data: Path, backbone: Path, *options: object) -> None:
-    """Scenes, drawn with these options, and a backbone where they are not there yet."""
+def prepare_scenes(root: Path, data: Path, *options: object) -> None:
+    """Scenes, drawn with these options where they are not there yet."""
     if not (data / "val" / "index.parquet").exists():
         run(root, "datasets/scenes.py", "--root", data, *options)
+
+
+def prepare_backbone(root: Path, backbone: Path, scenes: Path = Path("data/scenes")) -> None:
+    """That of all runs on scenes, trained on `scenes` where it is not there yet."""
     if not backbone.exists():
+        prepare_scenes(root, scenes)
         storage = backbone.parents[1]
-        run(root, "jobs/pretrain_scenes.py", "--data", data, "--storage", storage)
+        run(root, "jobs/pretrain_scenes.py", "--data", scenes, "--storage", storage)
 
 
 def read_scores(directory: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from no_host_sync import no_host_sync, pretended_device
 from train.shards import SIZE, larvseg_config, write_squares
-from train.test_loop import Here, assert_same_losses
+from train.test_loop import Here, assert_same_checkpoints, assert_same_losses, run_until_killed
 from train.test_loop import losses as losses_of
 
 from memseg_dist.assemble import build_label_space, build_method
@@ -259,6 +259,15 @@ class MethodContract(StepContract):
         found = process_pool(2).run(type(self).run, to_json(other))[0]
         assert found["digests"] == wanted["digests"]
         assert_same_losses(losses_of(other), losses_of(config), 1e-4)
+
+    @pytest.mark.slow
+    def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path):
+        """By SIGKILL, under DeepSpeed: losses, weights and memory, bit for bit."""
+        whole, killed = (self.config(data, tmp_path / name) for name in ("whole", "killed"))
+        run_until_killed(whole, 0)
+        run_until_killed(killed, 5, 0)
+        assert losses_of(killed) == losses_of(whole)
+        assert_same_checkpoints(killed, whole)
 
     def test_a_checkpoint_predicts_what_the_run_did(self, whole):
         config, _ = whole

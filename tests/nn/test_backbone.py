@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from memseg_dist.nn.backbone import BackboneConfig, build_backbone, save_backbone
+from memseg_dist.nn.backbone import (
+    BackboneConfig,
+    FeatureStage,
+    build_backbone,
+    save_backbone,
+)
 from memseg_dist.nn.batchnorm import (
     check_recorded,
     commit_statistics,
@@ -139,6 +144,29 @@ def test_a_shallow_stage_alone_is_the_same_map(config):
     (features,) = alone(images(50, 70))
     stride = alone.stride
     assert features.shape[-2:] == (-(-50 // stride), -(-70 // stride))
+
+
+@pytest.mark.parametrize("config", [TINY_VIT, RESNET, SWIN, VGG, RESNET38])
+def test_a_net_stops_at_its_last_stage(config):
+    """As the whole net's stage, and from the end counted there; conv nets build no more."""
+    nets = []
+    for last, stage in ((None, 1), (1, -1)):
+        torch.manual_seed(0)
+        nets.append(build_backbone(dataclasses.replace(config, last_stage=last), (stage,)).eval())
+    whole, cut = nets
+    x = images(64, 96)
+    torch.testing.assert_close(cut(x)[0], whole(x)[0])
+    build_backbone(dataclasses.replace(config, last_stage=1), (-2, -1))
+    for last in (-1, 99):
+        with pytest.raises(ValueError, match=f"backbone.last_stage {last}: .*stages 0 to"):
+            build_backbone(dataclasses.replace(config, last_stage=last))
+
+
+def test_the_small_net_for_studies_on_few_cores():
+    config = BackboneConfig("tf_efficientnet_lite0", last_stage=3, output_stride=8, drop_path=0.0)
+    backbone = build_backbone(config)
+    assert backbone.stages == (FeatureStage(112, 8),)
+    assert round(sum(p.numel() for p in backbone.parameters()) / 1e6, 2) == 0.70
 
 
 def test_hrnets_branches_as_they_are():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
 from methods.contract import MethodContract, StepContract
-from train.test_loop import assert_same_checkpoints, losses, run_until_killed
 
 from memseg_dist.methods.three_stage.config import ThreeStageConfig
 from memseg_dist.nn.backbone import BackboneConfig
@@ -28,14 +26,7 @@ class PseudoMasks(StepContract):
 
 
 class TestStage2(PseudoMasks, MethodContract):
-    @pytest.mark.slow
-    def test_killed_and_resumed_it_is_the_same_run(self, data, tmp_path):
-        """By SIGKILL, under DeepSpeed: losses, weights and teacher, bit for bit."""
-        whole, killed = (self.config(data, tmp_path / name) for name in ("whole", "killed"))
-        run_until_killed(whole, 0)
-        run_until_killed(killed, 5, 0)
-        assert losses(killed) == losses(whole)
-        assert_same_checkpoints(killed, whole)
+    pass
 
 
 class TestStage3(PseudoMasks, MethodContract):
