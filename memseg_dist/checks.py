@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
+
+from memseg_dist import jsonable
 
 
 def require(is_fine: object, key: str, value: Any, wanted: str) -> None:
@@ -31,6 +34,51 @@ def check_numbers(
         require(name not in positive or value > 0, key, value, "above 0")
         require(name not in not_negative or value >= 0, key, value, "0 or more")
         require(name not in shares or 0 <= value <= 1, key, value, "from 0 to 1")
+
+
+def check_leaves(settings: Any) -> None:
+    """Finite numbers, and no URL that carries a secret, anywhere in a tree of settings."""
+    for key, leaf in jsonable.leaves(settings):
+        for value in leaf if isinstance(leaf, list) else [leaf]:
+            if isinstance(value, float):
+                require(math.isfinite(value), key, value, "a finite number")
+            elif isinstance(value, str) and "://" in value:
+                check_without_secret(value, key)
+
+
+def check_without_secret(url: str, key: str) -> None:
+    """ValueError, without the secret, for a URL with a password, an access key or a query."""
+    parts = urlsplit(url)
+    address = parts.netloc.rpartition("@")[2]
+    has_user = address != parts.netloc and parts.scheme not in ("sftp", "ssh")
+    if has_user or parts.password or parts.query:
+        raise ValueError(
+            f"{key} {parts.scheme}://{address}{parts.path} comes with a user, a password or a "
+            "query ('?...'), which every checkpoint and the tracking server would keep; leave them "
+            "out and give secrets in the environment: MLFLOW_TRACKING_USERNAME and _PASSWORD or "
+            "MLFLOW_TRACKING_TOKEN, PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ..."
+        )
+
+
+def check_view(
+    mode: str,
+    resize: Sequence[int],
+    window: int | Sequence[int],
+    stride: int | Sequence[int],
+    section: str,
+) -> None:
+    """How a picture is fitted to a size and cut into windows. section: in front of the names."""
+    height, width = (window, window) if isinstance(window, int) else window
+    down, across = (stride, stride) if isinstance(stride, int) else stride
+    require(min(resize) > 0, f"{section}resize", resize, "two positive sides")
+    wanted = "one side or (height, width), above 0"
+    require(min(height, width) > 0, f"{section}window", window, wanted)
+    require(min(down, across) > 0, f"{section}stride", stride, wanted)
+    if mode == "slide" and (down > height or across > width):
+        raise ValueError(
+            f"{section}stride {stride} is larger than {section}window {window}: pixels between the "
+            f"windows would have no prediction; use {section}stride <= {section}window"
+        )
 
 
 def check_scales(scales: Sequence[float], key: str) -> None:

@@ -15,8 +15,14 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 
 from memseg_dist import jsonable
-from memseg_dist.checks import check_numbers, check_pairs, check_scales, require
-from memseg_dist.data.augment import height_and_width
+from memseg_dist.checks import (
+    check_leaves,
+    check_numbers,
+    check_pairs,
+    check_scales,
+    check_view,
+    require,
+)
 from memseg_dist.data.files import absolute
 from memseg_dist.data.loader import Source
 from memseg_dist.data.splits import is_path
@@ -78,17 +84,7 @@ class ValidationConfig:
             positive=("max_images",),
             not_negative=("num_panels",),
         )
-        require(min(self.resize) > 0, "validation.resize", self.resize, "two positive sides")
-        for name in ("window", "stride"):
-            size = getattr(self, name)
-            wanted = "one side or (height, width), above 0"
-            require(min(height_and_width(size)) > 0, f"validation.{name}", size, wanted)
-        window, stride = height_and_width(self.window), height_and_width(self.stride)
-        if self.mode == "slide" and (stride[0] > window[0] or stride[1] > window[1]):
-            raise ValueError(
-                f"validation.stride {self.stride} is larger than validation.window {self.window}: "
-                "pixels between the windows would have no prediction; use stride <= window"
-            )
+        check_view(self.mode, self.resize, self.window, self.stride, "validation.")
         check_scales(self.scales, "validation.scales")
         check_pairs(self.swap, "validation.swap")
         both = sorted(set(self.base) & set(self.novel))
@@ -280,8 +276,10 @@ class RunConfig:
     must: refuse a run directory that has none."""
 
     def __post_init__(self) -> None:
+        check_leaves(self)
         check_numbers(self, positive=("steps",))
-        require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without '/'")
+        is_name = self.name.strip(".") and not set(self.name) & {"/", "\\", "\0", "\n"}
+        require(is_name, "name", self.name, "a folder's name without '/'")
         require(bool(self.sources), "sources", self.sources, "at least one source")
         names = [source.name for source in self.sources]
         require(len(set(names)) == len(names), "sources", names, "sources of different names")

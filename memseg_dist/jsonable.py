@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -32,17 +32,23 @@ def encode(value: Any) -> Any:
     return value
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, str]:
-    """{"optimizer.lr": "0.001", ...}: a config's leaves as a tracker takes them."""
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("optimizer.lr", 0.001), ...: a config's values by dotted key; lists stay whole, but those of
+    objects, which are told apart by their names.
+    """
     value = encode(config)
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         value = {part.get("name", index): part for index, part in enumerate(value)}
     if not isinstance(value, dict) or not value:
-        return {prefix: str(value)}
-    leaves: dict[str, str] = {}
+        yield prefix, value
+        return
     for name, part in value.items():
-        leaves |= flatten(part, f"{prefix}.{name}" if prefix else str(name))
-    return dict(sorted(leaves.items()))
+        yield from leaves(part, f"{prefix}.{name}" if prefix else str(name))
+
+
+def flatten(config: Any) -> dict[str, str]:
+    """{"optimizer.lr": "0.001", ...}: a config's leaves as a tracker takes them."""
+    return {key: str(value) for key, value in sorted(leaves(config))}
 
 
 def _decode(kind: Any, value: Any, key: str, where: str) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from memseg_dist.checks import require
+from memseg_dist.checks import check_leaves, require
 from memseg_dist.config import RunConfig, with_absolute_paths
 from memseg_dist.data.files import absolute
 from memseg_dist.methods.labeller import ArgmaxLabeller, LabellerConfig
@@ -59,6 +59,7 @@ class LabelConfig:
     """How many of the images are drawn as image | truth | pseudo label | maps, into OUT/panels."""
 
     def __post_init__(self) -> None:
+        check_leaves(self)
         for name in ("checkpoint", "data", "out"):
             require(getattr(self, name), f"--{name}", "", "a text that is not empty")
         require(self.workers is None or self.workers >= 0, "--workers", self.workers, "0 or more")

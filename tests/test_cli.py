@@ -102,9 +102,13 @@ def test_predict_names_flag_and_value(run, pictures, tmp_path):
     assert "text.jpg is not a JPEG" in fails("predict", tmp_path / "text.jpg", *common)
     assert "nowhere.jpg" in fails("predict", "nowhere.jpg", *common)
     assert "same files" in fails("predict", image, tmp_path / "one.png", *common)
-    assert "stride 9 with window 8" in fails(
+    assert "--stride 9 is larger than --window 8" in fails(
         "predict", image, *common, "--mode", "slide", "--window", 8, "--stride", 9
     )
+    for flags in (("--resize", 0, 0), ("--window", 0), ("--stride", 0), ("--window", -8)):
+        value = flags[1] if len(flags) == 2 else flags[1:]
+        assert f"{flags[0]} is {value}; it must be" in fails("predict", image, *common, *flags)
+    assert "--scales is (nan,)" in fails("predict", image, *common, "--scales", "nan")
     missing = fails("predict", image, "--checkpoint", tmp_path / "no", "--out", tmp_path)
     assert "no whole checkpoint there" in missing and "--checkpoint" in missing
     blocked = tmp_path / "file"

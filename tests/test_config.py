@@ -22,6 +22,7 @@ from memseg_dist.config import (
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.jsonable import flatten
 from memseg_dist.methods.classify import ClassifyConfig
+from memseg_dist.stages import LabelConfig
 
 
 @pytest.fixture
@@ -99,7 +100,13 @@ def test_unknown_key_names_file_key_and_neighbours(config, path, near):
         ("sources.0.swap_on_flip", [["a", "b"], ["b", "c"]], r"'masks': swap_on_flip is"),
         ("sources.0.augment.rotate", -5, r"rotate -5.0 is an angle"),
         ("every.log", 0, r"every.log is 0; it must be above 0"),
-        ("name", "a/b", r"name is 'a/b'; it must be a name without '/'"),
+        ("name", "a/b", r"name is 'a/b'; it must be a folder's name without '/'"),
+        ("name", "..", r"name is '\.\.'; it must be a folder's name"),
+        ("optimizer.lr", float("nan"), r"optimizer.lr is nan; it must be"),
+        ("optimizer.clip_norm", float("inf"), r"optimizer.clip_norm is inf"),
+        ("optimizer.betas", [0.9, float("inf")], r"optimizer.betas is inf"),
+        ("method.cls_weight", float("nan"), r"cls_weight.* nan"),
+        ("sources.0.augment.rotate", float("nan"), r"rotate"),
         ("sources", [], r"sources is \(\); it must be at least one source"),
         (
             "relabel",
@@ -111,6 +118,26 @@ def test_unknown_key_names_file_key_and_neighbours(config, path, near):
 def test_values_are_checked_with_key_and_value(config, path, value, message):
     with pytest.raises(ValueError, match=message):
         from_json(changed(config, path, value), "run.json")
+
+
+SECRETS = {
+    "tracking": "https://ann:hunter2@tracking.example/api",
+    "storage": "s3://KEY:hunter2@bucket/runs",
+    "token": "https://hunter2@tracking.example",
+    "query": "postgresql://db.example/mlflow?password=hunter2",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_url_with_a_secret_is_refused_without_showing_it(config, name):
+    key = "storage" if name == "storage" else "tracking.uri"
+    with pytest.raises(ValueError, match=rf"{key} \w+://\w+(\.example)?.*environment") as found:
+        from_json(changed(config, key, SECRETS[name]), "run.json")
+    assert "hunter2" not in str(found.value)
+    with pytest.raises(ValueError, match="comes with a user") as found:
+        LabelConfig("runs/a", data="https://ann:hunter2@host/shards", out="out")
+    assert "hunter2" not in str(found.value)
+    RunConfig.__post_init__(dataclasses.replace(config, storage="sftp://ann@host/runs"))
 
 
 def test_missing_key_and_broken_json_name_the_file(config):

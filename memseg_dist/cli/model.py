@@ -8,7 +8,7 @@ from typing import Annotated, TypeAlias
 
 from tyro.conf import arg
 
-from memseg_dist.checks import check_pairs, check_scales
+from memseg_dist.checks import check_pairs, check_scales, check_view
 from memseg_dist.config import ValidationConfig
 from memseg_dist.data.augment import height_and_width
 from memseg_dist.data.vocabulary import Vocabulary
@@ -64,13 +64,16 @@ class InferenceOptions:
         if self.swap is not None:
             check_pairs(self.swap, "--swap")
             swap = vocabulary.index_pairs(self.swap, "--swap")
-        window, stride = self.window or usual.window, self.stride or usual.stride
+        mode, resize = self.mode or usual.mode, self.resize or usual.resize
+        window = usual.window if self.window is None else self.window
+        stride = usual.stride if self.stride is None else self.stride
         if self.window is not None and self.stride is None:
             sides = zip(height_and_width(usual.stride), height_and_width(window))
             stride = tuple(map(min, sides))  # type: ignore[assignment]
+        check_view(mode, resize, window, stride, "--")
         return Inference(
-            mode=self.mode or usual.mode,
-            resize=self.resize or usual.resize,
+            mode=mode,
+            resize=resize,
             window=window,
             stride=stride,
             scales=scales,

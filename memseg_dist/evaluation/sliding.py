@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memseg_dist.checks import check_pairs, check_scales, require
+from memseg_dist.checks import check_pairs, check_scales, check_view, require
 from memseg_dist.config import ValidationConfig
 from memseg_dist.data.augment import (
     fit_image,
@@ -68,6 +68,7 @@ class Inference:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
+        check_view(self.mode, self.resize, self.window, self.stride, "")
         check_scales(self.scales, "scales")
         check_pairs(self.swap, "swap")
         known = ("logits", "probabilities")

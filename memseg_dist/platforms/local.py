@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ def _on_sigterm(action: Callable[[], Any]) -> Iterator[None]:
 
 def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool) -> dict:
     context = mp.get_context("spawn")
-    store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _store_on_loopback()
     processes: list[Any] = []
     pipes: list[Connection] = []
     try:
@@ -104,6 +105,24 @@ def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool) -> dic
             child.kill()
             child.join()
             child.close()
+
+
+def _store_on_loopback() -> Any:
+    """A TCPStore that no other machine reaches: by itself it would listen on every interface."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        return torch_dist.TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=server.detach(),
+        )
+
+
+def _loopback() -> str:
+    """Name of this machine's loopback interface: lo, or lo0."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _first_result(processes: list, pipes: list[Connection]) -> dict:
@@ -135,6 +154,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
     threading.Thread(target=_die_with_parent, daemon=True).start()
     process.set_environment(rank, size, rank, size, gpu)
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _loopback()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     context = LocalContext(rank, size, _device(rank, gpu))
     try:

@@ -62,6 +62,7 @@ class MlflowTracker(Tracker):
         history: str | None = None,
         system_metrics: bool = True,
     ) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         import mlflow  # here, not in the thread: another one may be importing it

@@ -119,6 +119,7 @@ def connect(launch: LaunchConfig) -> None:
     """Joins the named cluster, or starts one here that is large enough for the run."""
     if ray.is_initialized():
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = launch.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         cpus = max(os.cpu_count() or 1, launch.workers_range[1] * launch.cpus_per_worker)

@@ -34,6 +34,14 @@ def add_up(config_json, context):
     }
 
 
+def listening(config_json, context):
+    """Addresses at which this process waits for connections, once the group has talked."""
+    dist.all_reduce_sum(torch.zeros(1))
+    sockets = psutil.Process().net_connections(kind="inet")
+    own = sorted({s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN})
+    return {"addresses": dist.all_gather_object(own)}
+
+
 def break_on_rank_1(config_json, context, *, how):
     if context.rank == 1:
         if how == "raise":
@@ -59,6 +67,15 @@ def children() -> list[psutil.Process]:
         for child in psutil.Process().children(recursive=True)
         if "multiprocessing.spawn" in " ".join(child.cmdline())
     ]
+
+
+def test_a_group_listens_to_this_machine_alone():
+    found = local.run(listening, "", 2, use_gpu=False)["addresses"]
+    assert found and {address for own in found for address in own} <= {"127.0.0.1", "::1"}
+    store = local._store_on_loopback()
+    sockets = psutil.Process().net_connections(kind="inet")
+    mine = [s.laddr for s in sockets if s.status == psutil.CONN_LISTEN]
+    assert ("127.0.0.1", store.port) in mine and {ip for ip, _ in mine} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -31,6 +34,24 @@ def open_tracker(store, directory, **changes) -> MlflowTracker:
         "system_metrics": False,
     }
     return MlflowTracker(str(directory), **(settings | changes))
+
+
+TELEMETRY = """
+import sys
+from memseg_dist.platforms.on_mlflow import MlflowTracker
+MlflowTracker(sys.argv[1], uri=f"sqlite:///{sys.argv[1]}/db", experiment="e", run_name="r",
+              system_metrics=False)
+from mlflow.telemetry import get_telemetry_client
+print(get_telemetry_client())
+"""
+
+
+def test_telemetry_is_off(tmp_path):
+    quiet = ("CI", "PYTEST", "DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "GITHUB")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(quiet)}
+    command = [sys.executable, "-c", TELEMETRY, str(tmp_path)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "None"
 
 
 def read(store, tracker):
