@@ -8,7 +8,6 @@ Labels come from `.cls` (an integer) or from `.json`: {"labels": [...]}, {"label
 from __future__ import annotations
 
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +29,14 @@ from memseg_dist.data.index import external_index_folder
 from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME, arrow_schema
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.shards import sample_row, write_parquet
+from memseg_dist.tools.tar import tar_files
+
+_MAX_PICTURE, _MAX_LABELS = 512 << 20, 16 << 20
+_MAX_BYTES = {
+    **dict.fromkeys((*IMAGE_FORMATS, MASK_EXTENSION), _MAX_PICTURE),
+    **dict.fromkeys(("cls", "json"), _MAX_LABELS),
+}
+"""Kinds of members that are read, and how large they may be."""
 
 
 def index_external(
@@ -130,38 +137,32 @@ Members = dict[str, tuple[int, bytes]]
 def read_members(stream: IO[bytes], path: str) -> Iterator[tuple[str, Members]]:
     """(key, extension -> (offset, content)) for each run of members that share a key.
 
-    ValueError, naming the shard, if it is cut short or holds a pickle.
+    ValueError, naming the shard, if it is damaged or cut short or holds a pickle.
     """
     key, members = "", Members()
-    wanted = {*IMAGE_FORMATS, MASK_EXTENSION, "cls", "json"}
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                extension = extension.lower()
-                if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
-                    raise ValueError(
-                        f"shard {path}: member {member.name} is a pickle, which can run code when "
-                        "read; refused. Write the shards without it (images, masks as PNG, labels "
-                        "as JSON)"
-                    )
-                if not member.isfile() or extension not in wanted:
-                    continue
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key and members:
-                    yield key, members
-                    members = {}
-                key = this
-                content = tar.extractfile(member)
-                assert content is not None
-                members[extension] = (member.offset_data, content.read())
-                if len(members[extension][1]) != member.size:
-                    raise tarfile.ReadError(f"member {member.name} is incomplete")
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"shard {path} is cut short or not a plain tar ({error}); copy or write it again"
-        ) from error
+    for file in tar_files(stream, f"shard {path}"):
+        folder, _, base = file.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        extension = extension.lower()
+        if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
+            raise ValueError(
+                f"shard {path}: member {file.name} is a pickle, which can run code when read; "
+                "refused. Write the shards without it (images, masks as PNG, labels as JSON)"
+            )
+        if extension not in _MAX_BYTES:
+            continue
+        if file.size > _MAX_BYTES[extension]:
+            raise ValueError(
+                f"shard {path}: member {file.name} has {file.size:,} bytes, more than the "
+                f"{_MAX_BYTES[extension]:,} that a .{extension} may have; leave it out"
+            )
+        this = f"{folder}/{stem}" if folder else stem
+        if this != key and members:
+            yield key, members
+            members = {}
+        key = this
+        stream.seek(file.offset_data)
+        members[extension] = (file.offset_data, stream.read(file.size))
     if members:
         yield key, members
 

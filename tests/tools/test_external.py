@@ -136,7 +136,7 @@ def test_no_images_a_truncated_and_a_compressed_tar(tmp_path):
     make_tar(tmp_path / "0.tar", {"jpg": encoded(0)}, {"jpg": encoded(1)})
     content = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(content[:2000])
-    with pytest.raises(ValueError, match=r"0\.tar is cut short or not a plain tar"):
+    with pytest.raises(ValueError, match=r"0\.tar is cut short, damaged or not a plain tar"):
         opened(tmp_path)
     (tmp_path / "0.tar").write_bytes(b"\x1f\x8b" + content)
     with pytest.raises(ValueError, match="not a plain tar"):
