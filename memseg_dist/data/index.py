@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -76,7 +75,7 @@ class Index:
             index_path = str(external_index_folder(root_text, cache) / INDEX_NAME)
             if not files.exists(index_path):
                 raise _no_index(root_text, local)
-        folder = cache / f"{derive_seed(index_path, *_fingerprint(index_path), LAYOUT):016x}"
+        folder = cache / f"{derive_seed(index_path, *files.fingerprint(index_path), LAYOUT):016x}"
         if not folder.exists():
             with files.locked(folder.with_suffix(".lock")):
                 if not folder.exists():
@@ -272,11 +271,3 @@ def _no_index(root: str, local: Path | None) -> ValueError:
         f"{root}: no {INDEX_NAME}; for shards that others made write it with `memseg data index "
         f"{root}`, else check the path"
     )
-
-
-def _fingerprint(path: str) -> list[str]:
-    """What changes when the file changes."""
-    filesystem, inside = fsspec.core.url_to_fs(path)
-    info = filesystem.info(inside)
-    names = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-    return [f"{name}={info[name]}" for name in names if name in info]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-import fsspec
-
-from memseg_dist.data.files import check_path, exists, join, read_bytes
+from memseg_dist.data.files import exists, glob, join, read_bytes
 
 FOLDER = "splits"
 SUFFIX = ".txt"
@@ -33,10 +31,9 @@ def split_path(root: str, split: str) -> str:
 
 def split_names(root: str) -> list[str]:
     """The splits kept with the shards; [] where folders cannot be listed, as over https."""
-    filesystem, folder = fsspec.core.url_to_fs(check_path(join(root, FOLDER)))
     try:
-        return sorted(split_name(str(path)) for path in filesystem.glob(f"{folder}/*{SUFFIX}"))
-    except OSError:
+        return [split_name(name) for name in glob(join(root, FOLDER), f"*{SUFFIX}")]
+    except ValueError:
         return []
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 
@@ -26,15 +25,14 @@ from memseg_dist.data.decode import (
     decode_mask,
 )
 from memseg_dist.data.index import external_index_folder
-from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME, arrow_schema
+from memseg_dist.data.schema import INDEX_NAME, MAX_MEMBER_BYTES, VOCABULARY_NAME, arrow_schema
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.shards import sample_row, write_parquet
 from memseg_dist.tools.tar import tar_files
 
-_MAX_PICTURE, _MAX_LABELS = 512 << 20, 16 << 20
 _MAX_BYTES = {
-    **dict.fromkeys((*IMAGE_FORMATS, MASK_EXTENSION), _MAX_PICTURE),
-    **dict.fromkeys(("cls", "json"), _MAX_LABELS),
+    **dict.fromkeys((*IMAGE_FORMATS, MASK_EXTENSION), MAX_MEMBER_BYTES),
+    **dict.fromkeys(("cls", "json"), 16 << 20),
 }
 """Kinds of members that are read, and how large they may be."""
 
@@ -105,9 +103,7 @@ def _shard_names(root: str) -> list[str]:
     local = files.local_path(root)
     if local is not None:
         return sorted(str(path.relative_to(local)) for path in local.rglob("*.tar"))
-    filesystem, remote = fsspec.core.url_to_fs(root)
-    found = filesystem.glob(f"{remote.rstrip('/')}/*.tar")
-    return sorted(str(path).rpartition("/")[2] for path in found)
+    return files.glob(root, "*.tar")
 
 
 def _numbered(name: str, num_classes: int) -> Vocabulary:
@@ -118,7 +114,7 @@ def _numbered(name: str, num_classes: int) -> Vocabulary:
 
 def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> list[dict[str, Any]]:
     rows = []
-    with fsspec.open(path, "rb") as stream:
+    with files.open_binary(path) as stream:
         for key, members in read_members(stream, path):
             try:
                 row = index_row(members, vocabulary)

@@ -35,6 +35,7 @@ from memseg_dist.data.schema import (
 )
 from memseg_dist.data.vocabulary import Vocabulary
 
+_PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 _KEY = re.compile(r"[^./\\\s\x00_][^.\\\s\x00]*")
 
 
@@ -192,7 +193,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
     """An index of these tables, whole or not at all."""
     temporary = temporary_beside(path)
     try:
-        with pq.ParquetWriter(temporary, arrow_schema(), compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, arrow_schema(), **_PARQUET) as writer:
             for table in tables:
                 writer.write_table(table)
         os.replace(temporary, path)

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import fsspec
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from memseg_dist.batch import derive_seed
+from memseg_dist.data.columns import read_rows
 from memseg_dist.data.files import exists, read_bytes, write_atomically
 from memseg_dist.data.index import Index
 from memseg_dist.data.order import permutation
@@ -92,8 +92,8 @@ def open_pool(index: Index, within: str | None = None) -> Pool:
     What an image shows is what is in its mask, or without masks its image labels.
     """
     part = index if within is None else index.only(read_split(index.root, within))
-    with fsspec.open(index.parquet, "rb") as stream:
-        table = pq.read_table(stream, columns=["key", "mask_size", "labels", "pixels"])
+    columns = ["key", "mask_size", "labels", "pixels"]
+    table = pa.Table.from_batches(read_rows(index.parquet, 65536, columns))
     rows = index.rows_of([*part.all_keys()])
     if part.num_masks:
         rows = rows[table["mask_size"].to_numpy()[rows] > 0]
