@@ -26,7 +26,7 @@ from memseg_dist.data.schema import (
     arrow_schema,
 )
 
-LAYOUT = 2  # raise it when the files change
+LAYOUT = 3  # raise it when the files change
 FACTS_NAME = "facts.json"
 ROWS_NAME = "rows.arrow"
 _BATCH_ROWS = 65536
@@ -40,6 +40,7 @@ class Facts:
     vocabulary: str
     num_labels: int = 0
     num_masks: int = 0
+    num_unreadable: int = 0
     max_label: int = -1
     shard_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -118,6 +119,7 @@ def _copy(folder: Path, facts: Facts, index_path: str) -> None:
             values.tofile(values_file)
             facts.num_labels += len(values)
             facts.max_label = max(facts.max_label, int(values.max(initial=-1)))
+            facts.num_unreadable += int((batch.column("width").to_numpy() == 0).sum())
             facts.num_masks += int((batch.column("mask_size").to_numpy() > 0).sum())
             if not pc.all(pc.is_in(batch.column("image_format"), pa.array(FORMATS))).as_py():
                 raise ValueError(f"{index_path}: an image format is not one of {list(FORMATS)}")

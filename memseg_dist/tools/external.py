@@ -3,10 +3,12 @@
 Labels come from `.cls` (an integer) or from `.json`: {"labels": [...]}, {"label": ...},
 {"cls": ...}, a list or a single value; each is a local id or a uid of the vocabulary. A
 `.mask.png` in our form is used; pickle members are refused; members of other kinds are left alone.
+A sample whose image or mask cannot be read is indexed as one of 0 x 0 pixels.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from memseg_dist.data import files
 from memseg_dist.data.decode import (
@@ -21,15 +24,18 @@ from memseg_dist.data.decode import (
     MASK_EXTENSION,
     MASK_IGNORE,
     PICKLE_EXTENSIONS,
-    decode_json,
+    CorruptSample,
     decode_mask,
+    open_image,
 )
 from memseg_dist.data.index import external_index_folder
 from memseg_dist.data.schema import INDEX_NAME, MAX_MEMBER_BYTES, VOCABULARY_NAME, arrow_schema
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.tools.shards import sample_row, write_parquet
+from memseg_dist.jsonable import parse
+from memseg_dist.tools.shards import check_keys, sample_row, write_parquet
 from memseg_dist.tools.tar import tar_files
 
+log = logging.getLogger(__name__)
 _MAX_BYTES = {
     **dict.fromkeys((*IMAGE_FORMATS, MASK_EXTENSION), MAX_MEMBER_BYTES),
     **dict.fromkeys(("cls", "json"), 16 << 20),
@@ -60,18 +66,26 @@ def index_external(
     if local is None or folder.resolve() != local.resolve():
         whole = root if local is None else str(local.resolve())
         names = [files.join(whole, name) for name in names]
-    highest = -1
+    highest, keys, unreadable = -1, list[pa.Array](), list[str]()
 
     def tables() -> Iterator[pa.Table]:
         nonlocal highest
         for name in names:
-            rows = _scan(files.join(root, name), name, vocabulary)
-            highest = max([highest, *(label for row in rows for label in row["labels"])])
-            yield pa.Table.from_pylist(rows, schema=arrow_schema())
+            table, problems = _scan(files.join(root, name), name, vocabulary)
+            highest = max([highest, *pc.list_flatten(table["labels"]).to_pylist()])
+            keys.extend(table["key"].chunks)
+            unreadable.extend(problems)
+            yield table
+        check_keys(keys, root)
         named = vocabulary or _numbered(Path(root).name, highest + 1)
         named.save(folder / VOCABULARY_NAME)  # before the index, whose presence says: all is there
 
     write_parquet(folder / INDEX_NAME, tables())
+    if unreadable:
+        log.warning(
+            "%s: %d samples cannot be read, and sources skip or refuse them as their on_corrupt "
+            "says; the first is %s", root, len(unreadable), unreadable[0],
+        )  # fmt: skip
     return folder / INDEX_NAME
 
 
@@ -112,19 +126,25 @@ def _numbered(name: str, num_classes: int) -> Vocabulary:
     )
 
 
-def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> list[dict[str, Any]]:
-    rows = []
+def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> tuple[pa.Table, list[str]]:
+    """The rows of a shard, and what is wrong with those samples that cannot be read."""
+    rows, unreadable = [], []
     with files.open_binary(path) as stream:
         for key, members in read_members(stream, path):
+            where = f"shard {path}, sample {key!r}"
             try:
-                row = index_row(members, vocabulary)
+                try:
+                    row = index_row(members, vocabulary)
+                except CorruptSample as error:
+                    unreadable.append(f"{where}: {error}")
+                    row = index_row(members, vocabulary, is_readable=False)
             except ValueError as error:
-                raise ValueError(f"shard {path}, sample {key!r}: {error}") from error
+                raise ValueError(f"{where}: {error}") from error
             if row is not None:
                 rows.append({**row, "key": key, "shard": name})
     if not rows:
         raise ValueError(f"shard {path}: no image member ({sorted(IMAGE_FORMATS)}) in it")
-    return rows
+    return pa.Table.from_pylist(rows, schema=arrow_schema()), unreadable
 
 
 Members = dict[str, tuple[int, bytes]]
@@ -158,15 +178,21 @@ def read_members(stream: IO[bytes], path: str) -> Iterator[tuple[str, Members]]:
             members = {}
         key = this
         stream.seek(file.offset_data)
+        if extension in members:
+            raise ValueError(f"shard {path}: member {file.name} is there twice; leave one out")
         members[extension] = (file.offset_data, stream.read(file.size))
     if members:
         yield key, members
 
 
-def index_row(members: Members, vocabulary: Vocabulary | None) -> dict[str, Any] | None:
+def index_row(
+    members: Members, vocabulary: Vocabulary | None, is_readable: bool = True
+) -> dict[str, Any] | None:
     """What the index says of a sample, but for its key and shard; None if it has no image.
 
-    ValueError for a label outside the vocabulary or a mask of another size than the image.
+    is_readable: whether to look at the pixels; else the sample counts as one of 0 x 0.
+    ValueError for labels that cannot be read or lie outside the vocabulary, CorruptSample for an
+    image or a mask that cannot be used.
     """
     image_format = next((extension for extension in members if extension in IMAGE_FORMATS), None)
     if image_format is None:
@@ -174,23 +200,26 @@ def index_row(members: Members, vocabulary: Vocabulary | None) -> dict[str, Any]
     labels = [_class_id(value, vocabulary) for value in _labels(members)]
     offset, image = members[image_format]
     places = {"image_offset": offset, "image_size": len(image)}
-    mask = None
+    size, mask = (0, 0), None
     if MASK_EXTENSION in members:
         offset, content = members[MASK_EXTENSION]
         places |= {"mask_offset": offset, "mask_size": len(content)}
-        mask = decode_mask(content).numpy().astype(np.uint16)  # IGNORE is MASK_IGNORE again
+        if is_readable:
+            mask = decode_mask(content).numpy().astype(np.uint16)  # IGNORE is MASK_IGNORE again
+    if is_readable:
+        size = open_image(image, image_format).size
     num_classes = MASK_IGNORE if vocabulary is None else len(vocabulary)
-    return sample_row(image, image_format, mask, labels, num_classes) | places
+    return sample_row(size, image_format, mask, labels, num_classes) | places
 
 
 def _labels(members: Members) -> list[Any]:
     value: Any = []
     if "json" in members:
-        value = decode_json(members["json"][1])
+        value = parse(members["json"][1], "its .json")
         if isinstance(value, Mapping):
             value = next((value[name] for name in ("labels", "label", "cls") if name in value), [])
     elif "cls" in members:
-        value = decode_json(members["cls"][1])
+        value = parse(members["cls"][1], "its .cls")
     return value if isinstance(value, list) else [value]
 
 

@@ -92,9 +92,10 @@ def open_pool(index: Index, within: str | None = None) -> Pool:
     What an image shows is what is in its mask, or without masks its image labels.
     """
     part = index if within is None else index.only(read_split(index.root, within))
-    columns = ["key", "mask_size", "labels", "pixels"]
+    columns = ["key", "mask_size", "width", "labels", "pixels"]
     table = pa.Table.from_batches(read_rows(index.parquet, 65536, columns))
     rows = index.rows_of([*part.all_keys()])
+    rows = rows[table["width"].to_numpy()[rows] > 0]
     if part.num_masks:
         rows = rows[table["mask_size"].to_numpy()[rows] > 0]
     table = table.take(np.sort(rows)).sort_by("key")
@@ -102,7 +103,10 @@ def open_pool(index: Index, within: str | None = None) -> Pool:
     image = np.repeat(np.arange(len(table)), np.diff(labels.offsets.to_numpy()))
     label = labels.flatten().to_numpy().astype(np.int64)
     if part.num_masks:
-        is_shown = table["pixels"].combine_chunks().flatten().to_numpy() > 0
+        pixels = table["pixels"].combine_chunks()
+        if pixels.offsets != labels.offsets:
+            raise ValueError(f"{index.parquet}: 'pixels' does not fit 'labels'; write it again")
+        is_shown = pixels.flatten().to_numpy() > 0
         image, label = image[is_shown], label[is_shown]
     return Pool(tuple(table["key"].to_pylist()), image, label, index.vocabulary.names)
 

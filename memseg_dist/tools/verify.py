@@ -51,6 +51,8 @@ def _shard_problems(
                     yield f"shard {path}, sample {key!r}: {problem}"
     except ValueError as error:
         yield str(error)
+        if not seen:
+            return
     missing = sorted(set(expected) - seen)
     if missing:
         yield f"shard {path}: {len(missing)} samples of the index are absent, e.g. {missing[0]!r}"

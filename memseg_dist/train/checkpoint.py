@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,7 +210,7 @@ class Checkpoint:
         for name in sorted(self.manifest.files if files is None else files):
             expected, where = self.manifest.files[name].sha256, join(self.path, name)
             with open_binary(where) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             if found != expected:
                 raise ValueError(
                     f"{where} is damaged: SHA-256 is {found}, the manifest says "
@@ -222,7 +222,7 @@ class Checkpoint:
         files = sorted(self.manifest.files)
         together(lambda: self.verify(files[dist.rank() :: dist.size()]))
 
-    def _parts(self, memory: str) -> dict[str, list[Part]]:
+    def _parts(self, memory: str) -> Mapping[str, Sequence[Part]]:
         saved = self.manifest.memories
         if memory not in saved:
             raise ValueError(
@@ -236,7 +236,7 @@ class Checkpoint:
         with local_copy(where) as path, reading_tensors(where):
             return load_file(path)
 
-    def _read_rows(self, parts: list[Part], name: str, start: int, stop: int | None) -> Tensor:
+    def _read_rows(self, parts: Sequence[Part], name: str, start: int, stop: int | None) -> Tensor:
         if parts[0][1] < 0:
             with self._open(parts[0][0]) as file:
                 tensor = file.get_tensor(name)

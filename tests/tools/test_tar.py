@@ -62,6 +62,32 @@ def test_what_follows_the_end_is_not_lost():
         listed(made(*FILES) + made(*FILES))
 
 
+@pytest.mark.parametrize("kind", ["GNU", "PAX", "PAX size", "negative", "long name"])
+def test_what_claims_more_than_there_is_is_refused_before_it_is_read(kind):
+    header = tarfile.TarInfo("a.jpg")
+    header.size, format = 0, tarfile.PAX_FORMAT
+    if kind == "GNU":
+        header.type, format = tarfile.GNUTYPE_SPARSE, tarfile.GNU_FORMAT
+    elif kind == "PAX":
+        header.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(13 << 30)}
+    elif kind == "PAX size":
+        header.pax_headers = {"size": str(13 << 30)}
+    elif kind == "negative":
+        header.pax_headers = {"size": "-1024"}  # tarfile would read the same header for ever
+    else:
+        header.type, header.size, format = tarfile.GNUTYPE_LONGNAME, 13 << 30, tarfile.GNU_FORMAT
+    content = header.tobuf(format) + bytes(10_240)
+    with pytest.raises(ValueError, match=r"^a\.tar .*\((header|'a\.jpg'|the header)"):
+        listed(content)
+
+
+def test_headers_within_headers_are_refused():
+    header = tarfile.TarInfo("a.jpg")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 0
+    with pytest.raises(ValueError, match=r"^a\.tar is cut short, damaged or not a plain tar"):
+        listed(header.tobuf(tarfile.GNU_FORMAT) * 3000 + bytes(1024))
+
+
 def test_a_damaged_shard_is_neither_indexed_nor_verified(tmp_path):
     index = write(tmp_path / "own", (3,))
     path = tmp_path / "own" / index.shard_names[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memseg_dist.data.decode import decode_json
+from memseg_dist.jsonable import parse
 from memseg_dist.tools.build import BuildReport
 from memseg_dist.tools.pseudo_labels.scores import PseudoScores
 from memseg_dist.tools.pseudo_labels.task import NOTE
@@ -96,4 +96,4 @@ def _jsons(root: Path) -> Iterator[dict[str, Any]]:
             for file in tar_files(stream, path):
                 if file.name.endswith(".json"):
                     stream.seek(file.offset_data)
-                    yield decode_json(stream.read(file.size))
+                    yield parse(stream.read(file.size), f"{path}, {file.name}")

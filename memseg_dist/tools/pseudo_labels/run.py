@@ -40,7 +40,8 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
     model = CheckpointModel(checkpoint, config.device)
     ensure_indexed([config.data, config.truth] if config.truth else [config.data])
     index = Index.open(config.data)
-    check_source(Source("label", config.data, "labels"), index, len(index.vocabulary))
+    source = Source("label", config.data, "labels", on_corrupt="skip")
+    check_source(source, index, len(index.vocabulary))
     labeller.check_data(index.key(0))
     labeller.check(model)
     workers = config.workers
