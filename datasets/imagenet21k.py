@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from memseg_dist.data.files import read_bytes
+from memseg_dist.data.files import read_text
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.build import BuildReport, Options, ShardTask, build_dataset, command_line
@@ -155,7 +155,7 @@ def choose_vocabulary(recipe: Raw, found: dict[str, Path]) -> Vocabulary:
             print(f"note: {len(kept)} synsets at {recipe.root}; winter21 has 19,167")
         known = Vocabulary(kept, origin="of ImageNet-21K winter21")
     if recipe.wnids:
-        listed = _SYNSET.findall(read_bytes(recipe.wnids).decode())
+        listed = _SYNSET.findall(read_text(recipe.wnids))
         if not listed:
             raise ValueError(f"{recipe.wnids}: no synset ids (n01440764) in it")
         unknown = sorted(wnid for wnid in set(listed) if wnid not in known)

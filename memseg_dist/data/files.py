@@ -148,6 +148,14 @@ def read_bytes(path: str | Path) -> bytes:
         return bytes(filesystem.cat_file(inside))
 
 
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, without the mark that some editors put first; ValueError naming another."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from error
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; ValueError naming the path if it cannot be read."""
     return parse(read_bytes(path), str(path))

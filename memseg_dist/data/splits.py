@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from memseg_dist.data.files import exists, glob, join, read_bytes
+from memseg_dist.data.files import exists, glob, join, read_text
 
 FOLDER = "splits"
 SUFFIX = ".txt"
@@ -45,10 +45,4 @@ def read_split(root: str, split: str) -> list[str]:
             f"there is no split {path}; with the shards are {split_names(root) or 'none'}; make "
             f"one with `memseg data split {root}`"
         )
-    try:
-        lines = read_bytes(path).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"split {path} is no UTF-8 text ({error}); write one key a line"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

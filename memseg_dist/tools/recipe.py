@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from memseg_dist.batch import derive_seed
 from memseg_dist.data.decode import MASK_IGNORE, CorruptSample, load_pixels, open_image
+from memseg_dist.data.files import read_text
 from memseg_dist.tools.shards import Sample
 
 Mask = NDArray[np.uint16]
@@ -172,7 +173,7 @@ def read_names(path: Path, fix: str) -> list[str]:
     """The names in a list of images, one a line; ValueError ending in `fix` if there is no file."""
     if not path.is_file():
         raise ValueError(f"no list of images {path}; {fix}")
-    return path.read_text().split()
+    return read_text(path).split()
 
 
 def counted(num_images: int, full: int) -> str:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from memseg_dist.batch import derive_seed
 from memseg_dist.data.columns import read_rows
-from memseg_dist.data.files import exists, read_bytes, write_atomically
+from memseg_dist.data.files import exists, read_text, write_atomically
 from memseg_dist.data.index import Index
 from memseg_dist.data.order import permutation
 from memseg_dist.data.splits import is_path, read_split, split_path
@@ -155,7 +155,7 @@ def listed_keys(path: str, index: Index, suffixes: Sequence[str]) -> list[str]:
 
     ValueError naming lines that the shards do not have.
     """
-    lines = [line.split()[0] for line in read_bytes(path).decode().splitlines() if line.strip()]
+    lines = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     found: list[str | None] = [None] * len(lines)
     for spelled in _spellings(suffixes):
         keys = [spelled(line) for line in lines]
