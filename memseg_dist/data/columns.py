@@ -5,6 +5,7 @@ An Arrow file has the rows; the labels, which samplers read as a whole, are two 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -63,18 +64,24 @@ def read_rows(
 ) -> Iterator[pa.RecordBatch]:
     """An index's rows, so many at a time. ValueError naming the file for any damage that shows."""
     names = arrow_schema().names if columns is None else [*columns]
-    with files.open_binary(index_path) as stream:
-        try:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-            _check_columns(parquet.schema_arrow, index_path)
-            for batch in parquet.iter_batches(num_rows, columns=names):
-                batch.validate(full=True)
-                _check_values(batch, index_path)
-                yield batch
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{index_path} is not a readable Parquet file ({error}); write it again"
-            ) from error
+    with files.open_binary(index_path) as stream, reading_parquet(index_path):
+        parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        _check_columns(parquet.schema_arrow, index_path)
+        for batch in parquet.iter_batches(num_rows, columns=names):
+            batch.validate(full=True)
+            _check_values(batch, index_path)
+            yield batch
+
+
+@contextlib.contextmanager
+def reading_parquet(path: str | Path) -> Iterator[None]:
+    """ValueError naming a file that Arrow cannot read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable Parquet file ({error}); write it again"
+        ) from error
 
 
 def _check_values(batch: pa.RecordBatch, index_path: str) -> None:
