@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from memseg_dist.data.files import read_bytes, read_json, write_atomically
+from memseg_dist.data.files import read_json, read_text, write_atomically
 from memseg_dist.data.vocabulary import Category, Vocabulary, fold
 from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
 from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
@@ -284,7 +284,7 @@ def read_table(path: Path) -> list[tuple[str, list[str]]]:
         return [(file, [labels] if isinstance(labels, str) else list(labels))
                 for file, labels in pairs]  # fmt: skip
     rows = []
-    lines = read_bytes(path).decode().splitlines()
+    lines = read_text(path).splitlines()
     for number, row in enumerate(csv.reader(lines), start=1):
         if not row or (number == 1 and row[0] in ("path", "file", "image")):
             continue
@@ -323,9 +323,7 @@ def read_classes(path: Path, uids: Path | None = None) -> Vocabulary:
             raise ValueError(f'{path}: expected [names], {{"classes": [names]}} or a vocabulary')
         categories = [Category(NO_UID, name) for name in names]
     else:
-        lines = [
-            line.split("\t") for line in read_bytes(path).decode().splitlines() if line.strip()
-        ]
+        lines = [line.split("\t") for line in read_text(path).splitlines() if line.strip()]
         categories = [_from_columns(line) for line in lines]
     if not categories:
         raise ValueError(f"{path}: no classes in it; write one name a line")

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,13 +32,14 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from memseg_dist.data.files import read_bytes
+from memseg_dist.data.files import read_text
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.build import BuildReport, Options, ShardTask, build_dataset, command_line
 from memseg_dist.tools.external import index_external
 from memseg_dist.tools.recipe import IMAGE_SUFFIXES, Skipped, image_sample, read_file, shuffled
 from memseg_dist.tools.shards import Sample, escape_key
+from memseg_dist.tools.tar import tar_files
 
 VOCABULARIES = Path(__file__).parent / "vocabularies"
 Release = Literal["fall11", "google", "winter21"]
@@ -155,7 +155,7 @@ def choose_vocabulary(recipe: Raw, found: dict[str, Path]) -> Vocabulary:
             print(f"note: {len(kept)} synsets at {recipe.root}; winter21 has 19,167")
         known = Vocabulary(kept, origin="of ImageNet-21K winter21")
     if recipe.wnids:
-        listed = _SYNSET.findall(read_bytes(recipe.wnids).decode())
+        listed = _SYNSET.findall(read_text(recipe.wnids))
         if not listed:
             raise ValueError(f"{recipe.wnids}: no synset ids (n01440764) in it")
         unknown = sorted(wnid for wnid in set(listed) if wnid not in known)
@@ -206,15 +206,12 @@ def _list_one(path: Path) -> list[tuple[int, int, bytes]]:
     if path.is_dir():
         names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
         return [(-1, 0, os.fsencode(name)) for name in names if _is_image(name)]
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return [
-                (member.offset_data, member.size, os.fsencode(member.name))
-                for member in tar
-                if member.isfile() and _is_image(member.name)
-            ]
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path}: cut short or not a tar ({error}); fetch it again") from error
+    with open(path, "rb") as stream:
+        return [
+            (file.offset_data, file.size, os.fsencode(file.name))
+            for file in tar_files(stream, path)
+            if _is_image(file.name)
+        ]
 
 
 def _is_image(name: str) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 
 from memseg_dist.batch import derive_seed
 from memseg_dist.config import Relabelling, RunConfig
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
+from memseg_dist.jsonable import decode, parse
 from memseg_dist.methods.method import Method
 from memseg_dist.methods.setup import Setup
 from memseg_dist.nn.batchnorm import check_recorded
@@ -33,16 +32,8 @@ def build_label_space(config: RunConfig) -> LabelSpace:
 
 
 def _read_relabelling(item: Relabelling) -> dict[str, Category]:
-    try:
-        return {
-            uid: Category(new["uid"], new["name"], tuple(new.get("synonyms", ())))
-            for uid, new in json.loads(item.classes).items()
-        }
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"relabelling of source {item.source!r}: {error!r}; its classes must be a JSON object "
-            '{local uid: {"uid": ..., "name": ..., "synonyms": [...]}}'
-        ) from error
+    where = f"relabelling of source {item.source!r}"
+    return decode(dict[str, Category], parse(item.classes, where), where)
 
 
 def build_method(

@@ -348,8 +348,4 @@ def to_json(config: RunConfig) -> str:
 
 def from_json(text: str, where: str = "config") -> RunConfig:
     """The inverse of `to_json`. ValueError naming the file `where`, the dotted key and more."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    return jsonable.decode(RunConfig, value, where)
+    return jsonable.decode(RunConfig, jsonable.parse(text, where), where)

@@ -1,4 +1,4 @@
-"""Trees of frozen dataclasses as JSON values and back, strictly.
+"""JSON from outside: text to values, and trees of frozen dataclasses as values and back, strictly.
 
 `decode` is the exact inverse of `encode`. An unknown key, a missing one or a value of another type
 is a ValueError that names the file, the dotted key and what was expected. A dataclass with a table
@@ -9,11 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import json
+import reprlib
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+_shown = reprlib.Repr()  # bounds what an error repeats of a file, in length and in depth
+_shown.maxstring = _shown.maxother = _shown.maxlong = 200
+
+
+def parse(text: str | bytes, where: str) -> Any:
+    """The values of a JSON text; ValueError naming the file `where`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); write it again") from error
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
@@ -58,7 +72,7 @@ def _decode(kind: Any, value: Any, key: str, where: str) -> Any:
         return _decode_union(arguments, value, key, where)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{where}: {key} is {value!r}; it must be one of {list(arguments)}")
+            raise _wrong(key, value, f"one of {list(arguments)}", where)
         return value
     if hasattr(kind, "kinds") and not hasattr(kind, "kind"):
         return _decode(_of_kind(kind.kinds, value, key, where), value, key, where)
@@ -67,23 +81,35 @@ def _decode(kind: Any, value: Any, key: str, where: str) -> Any:
     if origin is tuple:
         expected = None if arguments[-1] is ... else len(arguments)
         if not isinstance(value, list) or expected not in (None, len(value)):
-            raise ValueError(f"{where}: {key} is {value!r}; it must be a list of {expected or ''}")
+            many = "" if expected is None else f" of {expected}"
+            raise _wrong(key, value, f"a list{many}", where)
         kinds = [arguments[0]] * len(value) if expected is None else arguments
         parts = zip(kinds, value, strict=True)
         return tuple(_decode(part, v, f"{key}.{i}", where) for i, (part, v) in enumerate(parts))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {name: _decode(arguments[1], v, f"{key}.{name}", where) for name, v in value.items()}
-    if kind is float and type(value) in (int, float):
+        if not isinstance(value, dict):
+            raise _wrong(key, value, "an object", where)
+        prefix = f"{key}." if key else ""
+        return {name: _decode(arguments[1], v, prefix + name, where) for name, v in value.items()}
+    if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where}: {key} is {value!r}; it must be of type {kind.__name__}")
+        raise _wrong(key, value, f"of type {kind.__name__}", where)
     return value
+
+
+def _wrong(key: str, value: Any, wanted: str, where: str) -> ValueError:
+    name = key or "the file"
+    return ValueError(f"{where}: {name} is {_shown.repr(value)}; it must be {wanted}")
+
+
+_type_hints = functools.cache(get_type_hints)
 
 
 def _of_kind(kinds: Mapping[str, Any], value: Any, key: str, where: str) -> Any:
     kind = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{where}: {key}.kind is {kind!r}; it must be one of {sorted(kinds)}")
+        raise _wrong(f"{key}.kind", kind, f"one of {sorted(kinds)}", where)
     return kinds[kind]
 
 
@@ -101,14 +127,14 @@ def _decode_union(members: tuple[Any, ...], value: Any, key: str, where: str) ->
 
 def _decode_dataclass(kind: Any, value: Any, key: str, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: {key or 'the file'} is {value!r}; it must be an object")
+        raise _wrong(key, value, "an object", where)
     known = [f.name for f in dataclasses.fields(kind)]
     for name in value:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
             dotted = f"{key}.{name}" if key else name
             raise ValueError(f"{where}: unknown key {dotted!r}; did you mean {', '.join(near)}?")
-    hints = get_type_hints(kind)
+    hints = _type_hints(kind)
     prefix = f"{key}." if key else ""
     fields = {name: _decode(hints[name], v, prefix + name, where) for name, v in value.items()}
     for f in dataclasses.fields(kind):

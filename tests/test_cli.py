@@ -263,5 +263,5 @@ def test_data_index_makes_shards_of_others_a_data_set(tmp_path, capsys):
     command("data", "index", tmp_path)
     command("data", "verify", tmp_path)
     out = capsys.readouterr().out
-    assert "2 images" in out and "1 shards, 2 samples, 0 masks" in out
+    assert out.count("1 shards, 2 samples, 0 masks") == 2
     assert "no data set at" in fails("data", "index", tmp_path / "absent")

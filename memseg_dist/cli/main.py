@@ -36,7 +36,7 @@ def data_index(root: Positional[str]) -> None:
         root: Folder or URL with *.tar; the index goes into it if it can be written to.
     """
     ensure_indexed([root])
-    print(f"{root}: {len(Index.open(root)):,} images")
+    print(f"{root}: {Index.open(root)}")
 
 
 def commands(arguments: Sequence[str]) -> SubcommandApp:

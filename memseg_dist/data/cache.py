@@ -6,11 +6,9 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
-
-import fsspec
+from typing import IO, Any
 
 from memseg_dist.batch import derive_seed
 from memseg_dist.data import files
@@ -22,7 +20,8 @@ _WAIT_SECONDS = 0.05
 
 
 class ShardCache:
-    """`open(url)` gives a local file. Local paths pass through; the rest is downloaded once.
+    """`open(url)` gives a local file. Local paths pass through; the rest is downloaded once, and
+    again when its store says that it has changed.
 
     The least recently opened files make room for new ones, so that the folder never holds more
     than `max_bytes`, downloads in progress included. A file that is evicted while a process has it
@@ -44,33 +43,27 @@ class ShardCache:
                     f"cannot open shard {local}: {error}; restore it or write the data set again"
                 ) from error
         folder = files.make_folder(self.dir)
-        name = f"{derive_seed(url):016x}"
-        with files.locked(folder / f"{name}.lock"):  # one download of a URL at a time
+        known = files.info(url)
+        name = f"{derive_seed(url, *files.fingerprint(url, known)):016x}"
+        with files.locked(folder / f"{name}.lock"):  # one download of a file at a time
             target = folder / f"{name}.data"
             with files.locked(folder / "cache.lock"):
                 if target.exists():
                     os.utime(target)
                     return open(target, "rb")
-            return self._download(url, target)
+            return self._download(url, target, known)
 
-    def _download(self, url: str, target: Path) -> IO[bytes]:
-        filesystem, remote = fsspec.core.url_to_fs(url)
-        try:
-            size = int(filesystem.info(remote)["size"] or 0)
-        except (OSError, KeyError) as error:
-            raise ValueError(f"cannot find shard {url}: {error!r}; check the path") from error
+    def _download(self, url: str, target: Path, known: Mapping[str, Any]) -> IO[bytes]:
+        size = int(known["size"] or 0)
         if size > self.max_bytes:
             raise ValueError(
                 f"shard {url} has {size} bytes but the cache may hold {self.max_bytes}; raise "
                 "cache_bytes above the shards that one worker reads together"
             )
         with self._reserved(target, size) as (stream, temporary):
-            try:
-                with filesystem.open(remote, "rb") as source:
-                    while chunk := source.read(_CHUNK):
-                        stream.write(chunk)
-            except OSError as error:
-                raise ValueError(f"cannot read shard {url}: {error}") from error
+            with files.open_binary(url) as source:
+                while chunk := source.read(_CHUNK):
+                    stream.write(chunk)
             stream.flush()
             if size and stream.tell() != size:
                 raise ValueError(f"shard {url}: got {stream.tell()} of {size} bytes; try again")

@@ -5,22 +5,29 @@ An Arrow file has the rows; the labels, which samplers read as a whole, are two 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memseg_dist.data import files
-from memseg_dist.data.schema import FORMATS, INDEX_NAME, VOCABULARY_NAME, arrow_schema
+from memseg_dist.data.schema import (
+    FORMATS,
+    INDEX_NAME,
+    MAX_MEMBER_BYTES,
+    VOCABULARY_NAME,
+    arrow_schema,
+)
 
-LAYOUT = 2  # raise it when the files change
+LAYOUT = 3  # raise it when the files change
 FACTS_NAME = "facts.json"
 ROWS_NAME = "rows.arrow"
 _BATCH_ROWS = 65536
@@ -34,6 +41,7 @@ class Facts:
     vocabulary: str
     num_labels: int = 0
     num_masks: int = 0
+    num_unreadable: int = 0
     max_label: int = -1
     shard_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -44,19 +52,50 @@ def convert(index_path: str, root: str, folder: Path) -> None:
     temporary.mkdir()
     facts = Facts(root, index_path.removesuffix(INDEX_NAME) + VOCABULARY_NAME)
     try:
-        with fsspec.open(index_path, "rb") as stream:
-            try:
-                parquet = pq.ParquetFile(stream)
-                _check_columns(parquet.schema_arrow, index_path)
-                _copy(parquet, temporary, facts, index_path)
-            except pa.ArrowInvalid as error:
-                raise ValueError(
-                    f"{index_path} is not a readable Parquet file ({error}); write it again"
-                ) from error
+        _copy(temporary, facts, index_path)
         (temporary / FACTS_NAME).write_text(json.dumps(dataclasses.asdict(facts)))
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_rows(
+    index_path: str, num_rows: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """An index's rows, so many at a time. ValueError naming the file for any damage that shows."""
+    names = arrow_schema().names if columns is None else [*columns]
+    with files.open_binary(index_path) as stream, reading_parquet(index_path):
+        parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        _check_columns(parquet.schema_arrow, index_path)
+        for batch in parquet.iter_batches(num_rows, columns=names):
+            batch.validate(full=True)
+            _check_values(batch, index_path)
+            yield batch
+
+
+@contextlib.contextmanager
+def reading_parquet(path: str | Path) -> Iterator[None]:
+    """ValueError naming a file that Arrow cannot read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable Parquet file ({error}); write it again"
+        ) from error
+
+
+def _check_values(batch: pa.RecordBatch, index_path: str) -> None:
+    """ValueError for an empty cell, and for a number that none of these columns can hold."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        values = column.flatten() if pa.types.is_list(column.type) else column
+        if column.null_count or values.null_count:
+            raise ValueError(f"{index_path}: {name!r} has empty cells; write it again")
+        if not pa.types.is_integer(values.type) or not len(values):
+            continue
+        low, high = pc.min_max(values).as_py().values()
+        most = MAX_MEMBER_BYTES if name in ("image_size", "mask_size") else high
+        if low < 0 or high > most:
+            raise ValueError(f"{index_path}: {name!r} is {low} .. {high}; write it again")
 
 
 def _check_columns(schema: pa.Schema, index_path: str) -> None:
@@ -69,7 +108,7 @@ def _check_columns(schema: pa.Schema, index_path: str) -> None:
             )
 
 
-def _copy(parquet: pq.ParquetFile, folder: Path, facts: Facts, index_path: str) -> None:
+def _copy(folder: Path, facts: Facts, index_path: str) -> None:
     schema = pa.schema([f for f in arrow_schema() if f.name not in ("labels", "pixels")])
     with (
         pa.OSFile(str(folder / ROWS_NAME), "wb") as sink,
@@ -78,7 +117,7 @@ def _copy(parquet: pq.ParquetFile, folder: Path, facts: Facts, index_path: str) 
         open(folder / "labels_values", "wb") as values_file,
     ):
         np.zeros(1, np.int64).tofile(offsets_file)
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=[*schema.names, "labels"]):
+        for batch in read_rows(index_path, _BATCH_ROWS):
             columns = [batch.column(name) for name in schema.names]
             rows.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
             lengths = pc.list_value_length(batch.column("labels")).to_numpy()
@@ -87,6 +126,7 @@ def _copy(parquet: pq.ParquetFile, folder: Path, facts: Facts, index_path: str) 
             values.tofile(values_file)
             facts.num_labels += len(values)
             facts.max_label = max(facts.max_label, int(values.max(initial=-1)))
+            facts.num_unreadable += int((batch.column("width").to_numpy() == 0).sum())
             facts.num_masks += int((batch.column("mask_size").to_numpy() > 0).sum())
             if not pc.all(pc.is_in(batch.column("image_format"), pa.array(FORMATS))).as_py():
                 raise ValueError(f"{index_path}: an image format is not one of {list(FORMATS)}")

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import fsspec
+from fsspec import AbstractFileSystem
+
+from memseg_dist.jsonable import parse
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Which optional dependencies of this package read URLs of a protocol."""
+_VERSIONS = (
+    "ETag", "etag", "generation", "Content-MD5", "Digest", "mtime", "LastModified",
+    "Last-Modified", "last_modified", "updated", "created",
+)  # fmt: skip
+"""What stores call the marks of a file's content or age."""
 
 
 def default_cache() -> Path:
@@ -56,26 +67,98 @@ def absolute(path: str | Path) -> str:
     return str(path) if local is None else str(local.expanduser().resolve())
 
 
+def filesystem_of(path: str | Path) -> tuple[AbstractFileSystem, str]:
+    """The file system that holds a path or URL, and the path as it is called there.
+
+    ValueError for a kind of URL that is not known, or whose package is not installed.
+    """
+    text = check_path(path)
+    try:
+        with reading(path):
+            return fsspec.core.url_to_fs(text)
+    except (ImportError, ValueError) as error:
+        extra = _EXTRAS.get(text.partition("://")[0])
+        fix = f"pip install 'memseg-dist[{extra}]'" if extra else "check the URL"
+        raise ValueError(f"cannot open {path}: {error}; {fix}") from error
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """What the store of `path` raises becomes a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # behind a URL each store has errors of its own
+        is_ours = isinstance(error, (ValueError, ImportError))
+        if is_ours or not (is_url(path) or isinstance(error, OSError)):
+            raise
+        reason = str(error.__cause__ or error) or repr(error)
+        raise ValueError(f"cannot read {path}: {reason}; check the path") from error
+
+
+@contextlib.contextmanager
+def open_binary(path: str | Path) -> Iterator[IO[bytes]]:
+    """The file, open for reading and seeking; ValueError naming it if it cannot be read."""
+    filesystem, inside = filesystem_of(path)
+    with reading(path), filesystem.open(inside, "rb") as stream:
+        yield stream
+
+
 def exists(path: str | Path) -> bool:
-    filesystem, inside = fsspec.core.url_to_fs(check_path(path))
-    return bool(filesystem.exists(inside))
+    filesystem, inside = filesystem_of(path)
+    with reading(path):
+        return bool(filesystem.exists(inside))
+
+
+def info(path: str | Path) -> dict[str, Any]:
+    """What the file's store knows of it, under the store's own names but for "size"."""
+    filesystem, inside = filesystem_of(path)
+    with reading(path):
+        return filesystem.info(inside)
+
+
+def fingerprint(path: str | Path, known: Mapping[str, Any] | None = None) -> list[str]:
+    """What changes when the file changes, as far as its store tells; known: its `info`.
+
+    Warns where that is its size at most, as of many web servers.
+    """
+    known = info(path) if known is None else known
+    parts = [f"{name}={known[name]}" for name in ("size", *_VERSIONS) if known.get(name)]
+    if not any(known.get(name) for name in _VERSIONS):
+        store = str(path).partition("://")[0]
+        warnings.warn(
+            f"the store of {store}:// files tells neither a tag nor a time of them: one that is "
+            "rewritten at the same size is not read anew; give changed data another URL",
+            stacklevel=2,
+        )
+    return parts
+
+
+def glob(path: str | Path, pattern: str) -> list[str]:
+    """The names in a folder that fit, sorted."""
+    filesystem, inside = filesystem_of(path)
+    with reading(path):
+        found = filesystem.glob(f"{inside.rstrip('/')}/{pattern}")
+    return sorted(str(name).rpartition("/")[2] for name in found)
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The whole file; ValueError naming the path if it cannot be read."""
-    try:
-        filesystem, inside = fsspec.core.url_to_fs(check_path(path))
+    filesystem, inside = filesystem_of(path)
+    with reading(path):
         return bytes(filesystem.cat_file(inside))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error}; check the path") from error
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, without the mark that some editors put first; ValueError naming another."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file; ValueError naming the path if it cannot be read."""
-    try:
-        return json.loads(read_bytes(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); write it again") from error
+    return parse(read_bytes(path), str(path))
 
 
 def make_folder(path: str | Path) -> Path:

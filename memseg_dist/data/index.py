@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,14 +45,16 @@ class Index:
 
     shard_names: paths relative to `root`, or whole paths where the index lies elsewhere.
     shard_sizes: int64, samples per shard. shard_starts: int64 [num_shards + 1], the first row of
-    each shard, then the number of rows. num_masks: how many samples have a mask. max_label: the
-    highest local label, -1 if no sample has one.
+    each shard, then the number of rows. num_masks: how many samples have a mask. num_unreadable:
+    how many could not be read when others' shards were indexed; they have 0 x 0 pixels. max_label:
+    the highest local label, -1 if no sample has one.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._facts = facts = Facts(**json.loads((folder / FACTS_NAME).read_text()))
         self.root, self.num_masks, self.max_label = facts.root, facts.num_masks, facts.max_label
+        self.num_unreadable = facts.num_unreadable
         self.shard_names = [*facts.shard_sizes]
         self.shard_sizes = np.array([*facts.shard_sizes.values()], dtype=np.int64)
         self.shard_starts = np.append(np.int64(0), np.cumsum(self.shard_sizes))
@@ -76,7 +77,7 @@ class Index:
             index_path = str(external_index_folder(root_text, cache) / INDEX_NAME)
             if not files.exists(index_path):
                 raise _no_index(root_text, local)
-        folder = cache / f"{derive_seed(index_path, *_fingerprint(index_path), LAYOUT):016x}"
+        folder = cache / f"{derive_seed(index_path, *files.fingerprint(index_path), LAYOUT):016x}"
         if not folder.exists():
             with files.locked(folder.with_suffix(".lock")):
                 if not folder.exists():
@@ -87,7 +88,8 @@ class Index:
         return int(self.shard_starts[-1])
 
     def __str__(self) -> str:
-        return f"{len(self.shard_names)} shards, {len(self)} samples, {self.num_masks} masks"
+        text = f"{len(self.shard_names)} shards, {len(self)} samples, {self.num_masks} masks"
+        return text + (f", {self.num_unreadable} unreadable" if self.num_unreadable else "")
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -218,6 +220,7 @@ class IndexPart(Index):
         self.shard_sizes = counts[counts > 0].astype(np.int64)
         self.shard_starts = np.append(np.int64(0), np.cumsum(self.shard_sizes))
         self.num_masks = int((self.numbers("mask_size") > 0).sum())
+        self.num_unreadable = int((self.numbers("width") == 0).sum())
         self.max_label = int(self.labels_values.max(initial=-1))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -272,11 +275,3 @@ def _no_index(root: str, local: Path | None) -> ValueError:
         f"{root}: no {INDEX_NAME}; for shards that others made write it with `memseg data index "
         f"{root}`, else check the path"
     )
-
-
-def _fingerprint(path: str) -> list[str]:
-    """What changes when the file changes."""
-    filesystem, inside = fsspec.core.url_to_fs(path)
-    info = filesystem.info(inside)
-    names = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-    return [f"{name}={info[name]}" for name in names if name in info]

@@ -91,6 +91,7 @@ class Reader:
                 raise CorruptSample(
                     f"the {'mask' if kind == 'mask' else 'image'} is {width} x {height} pixels but "
                     f"the index says {row.width} x {row.height}"
+                    + ("" if row.width else ": part of the sample could not be read when indexed")
                 )
             return pixels
         except CorruptSample as error:

@@ -15,6 +15,8 @@ INDEX_NAME = "index.parquet"
 VOCABULARY_NAME = "vocabulary.json"
 PART_SUFFIX = ".index.parquet"
 FORMATS = ("jpg", "png", "webp")
+MAX_MEMBER_BYTES = 512 << 20
+"""No image or mask has more: what an index or a shard claims is bounded before it is read."""
 
 
 def shard_name(number: int) -> str:

@@ -237,6 +237,12 @@ def check_source(source: Source, index: Index, num_classes: int) -> None:
             f"{where}: label {index.max_label} is outside the vocabulary of {num_classes} classes; "
             "use the vocabulary.json that was written with the shards"
         )
+    if index.num_unreadable and source.on_corrupt == "raise":
+        raise ValueError(
+            f"{where}: {index.num_unreadable} of {len(index)} samples could not be read when they "
+            f"were indexed; `memseg data verify {source.path}` lists them. Leave them out of the "
+            "shards and index anew, or set on_corrupt='skip'"
+        )
     from_crop = source.supervision == "labels" and source.labels_from == "crop"
     needs = source.supervision == "masks" or from_crop
     if needs and index.num_masks < len(index):

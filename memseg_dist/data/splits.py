@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-import fsspec
-
-from memseg_dist.data.files import check_path, exists, join, read_bytes
+from memseg_dist.data.files import exists, glob, join, read_text
 
 FOLDER = "splits"
 SUFFIX = ".txt"
@@ -33,10 +31,9 @@ def split_path(root: str, split: str) -> str:
 
 def split_names(root: str) -> list[str]:
     """The splits kept with the shards; [] where folders cannot be listed, as over https."""
-    filesystem, folder = fsspec.core.url_to_fs(check_path(join(root, FOLDER)))
     try:
-        return sorted(split_name(str(path)) for path in filesystem.glob(f"{folder}/*{SUFFIX}"))
-    except OSError:
+        return [split_name(name) for name in glob(join(root, FOLDER), f"*{SUFFIX}")]
+    except ValueError:
         return []
 
 
@@ -48,10 +45,4 @@ def read_split(root: str, split: str) -> list[str]:
             f"there is no split {path}; with the shards are {split_names(root) or 'none'}; make "
             f"one with `memseg data split {root}`"
         )
-    try:
-        lines = read_bytes(path).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"split {path} is no UTF-8 text ({error}); write one key a line"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

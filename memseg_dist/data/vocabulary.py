@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memseg_dist.checks import require
 from memseg_dist.data.files import read_json, write_atomically
+from memseg_dist.jsonable import decode
 
 VOCABULARY_FORMAT = 1
 
@@ -115,22 +117,8 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, value: Any, origin: str = "") -> Vocabulary:
-        where = origin or "in memory"
-        if not isinstance(value, Mapping) or value.get("format") != VOCABULARY_FORMAT:
-            raise ValueError(
-                f'vocabulary {where}: expected an object with "format": {VOCABULARY_FORMAT} and '
-                '"categories"; write it with Vocabulary.save'
-            )
-        categories = []
-        for number, item in enumerate(value.get("categories", [])):
-            try:
-                categories.append(Category(**item))
-            except TypeError as error:
-                raise ValueError(
-                    f"vocabulary {where}: category {number} is {item!r}; it must have uid, name "
-                    "and, if any, synonyms"
-                ) from error
-        return cls(tuple(categories), origin)
+        saved = decode(_SavedVocabulary, value, f"vocabulary {origin or 'in memory'}")
+        return cls(saved.categories, origin)
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
@@ -140,6 +128,16 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         text = json.dumps(self.to_json(), ensure_ascii=False, indent=1)
         write_atomically(path, text.encode())
+
+
+@dataclass(frozen=True)
+class _SavedVocabulary:
+    format: int
+    categories: tuple[Category, ...]
+
+    def __post_init__(self) -> None:
+        wanted = f"{VOCABULARY_FORMAT}, as Vocabulary.save writes it"
+        require(self.format == VOCABULARY_FORMAT, "format", self.format, wanted)
 
 
 Relabelling = Mapping[str, Mapping[str, Category]]
@@ -218,17 +216,24 @@ class LabelSpace:
         return {"vocabulary": self.vocabulary.to_json(), "to_union": to_union}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LabelSpace:
-        vocabulary = Vocabulary.from_json(value["vocabulary"], origin="of the label space")
-        to_union = {
-            source: np.array(ids, dtype=np.int32) for source, ids in value["to_union"].items()
-        }
-        for source, ids in to_union.items():
-            if len(ids) and not 0 <= ids.min() <= ids.max() < len(vocabulary):
-                raise ValueError(
-                    f"label space: source {source!r} maps to id {ids.max()} of {len(vocabulary)}"
-                )
+    def from_json(cls, value: Any, where: str = "label space") -> LabelSpace:
+        """The inverse of `to_json`; ValueError naming the file `where`."""
+        saved = decode(_SavedLabelSpace, value, where)
+        vocabulary = Vocabulary(saved.vocabulary.categories, origin="of the label space")
+        to_union = {name: np.array(ids, dtype=np.int32) for name, ids in saved.to_union.items()}
         return cls(vocabulary, to_union)
+
+
+@dataclass(frozen=True)
+class _SavedLabelSpace:
+    vocabulary: _SavedVocabulary
+    to_union: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        num_classes = len(self.vocabulary.categories)
+        for source, ids in self.to_union.items():
+            outside = [number for number in ids if not 0 <= number < num_classes]
+            require(not outside, f"to_union.{source}", outside[:5], f"ids of {num_classes} classes")
 
 
 def _merge(same: Sequence[tuple[Category, str]]) -> Category:

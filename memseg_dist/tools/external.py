@@ -3,19 +3,20 @@
 Labels come from `.cls` (an integer) or from `.json`: {"labels": [...]}, {"label": ...},
 {"cls": ...}, a list or a single value; each is a local id or a uid of the vocabulary. A
 `.mask.png` in our form is used; pickle members are refused; members of other kinds are left alone.
+A sample whose image or mask cannot be read is indexed as one of 0 x 0 pixels.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from memseg_dist.data import files
 from memseg_dist.data.decode import (
@@ -23,13 +24,23 @@ from memseg_dist.data.decode import (
     MASK_EXTENSION,
     MASK_IGNORE,
     PICKLE_EXTENSIONS,
-    decode_json,
+    CorruptSample,
     decode_mask,
+    open_image,
 )
 from memseg_dist.data.index import external_index_folder
-from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME, arrow_schema
+from memseg_dist.data.schema import INDEX_NAME, MAX_MEMBER_BYTES, VOCABULARY_NAME, arrow_schema
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.tools.shards import sample_row, write_parquet
+from memseg_dist.jsonable import parse
+from memseg_dist.tools.shards import check_keys, sample_row, write_parquet
+from memseg_dist.tools.tar import tar_files
+
+log = logging.getLogger(__name__)
+_MAX_BYTES = {
+    **dict.fromkeys((*IMAGE_FORMATS, MASK_EXTENSION), MAX_MEMBER_BYTES),
+    **dict.fromkeys(("cls", "json"), 16 << 20),
+}
+"""Kinds of members that are read, and how large they may be."""
 
 
 def index_external(
@@ -55,18 +66,26 @@ def index_external(
     if local is None or folder.resolve() != local.resolve():
         whole = root if local is None else str(local.resolve())
         names = [files.join(whole, name) for name in names]
-    highest = -1
+    highest, keys, unreadable = -1, list[pa.Array](), list[str]()
 
     def tables() -> Iterator[pa.Table]:
         nonlocal highest
         for name in names:
-            rows = _scan(files.join(root, name), name, vocabulary)
-            highest = max([highest, *(label for row in rows for label in row["labels"])])
-            yield pa.Table.from_pylist(rows, schema=arrow_schema())
+            table, problems = _scan(files.join(root, name), name, vocabulary)
+            highest = max([highest, *pc.list_flatten(table["labels"]).to_pylist()])
+            keys.extend(table["key"].chunks)
+            unreadable.extend(problems)
+            yield table
+        check_keys(keys, root)
         named = vocabulary or _numbered(Path(root).name, highest + 1)
         named.save(folder / VOCABULARY_NAME)  # before the index, whose presence says: all is there
 
     write_parquet(folder / INDEX_NAME, tables())
+    if unreadable:
+        log.warning(
+            "%s: %d samples cannot be read, and sources skip or refuse them as their on_corrupt "
+            "says; the first is %s", root, len(unreadable), unreadable[0],
+        )  # fmt: skip
     return folder / INDEX_NAME
 
 
@@ -98,9 +117,7 @@ def _shard_names(root: str) -> list[str]:
     local = files.local_path(root)
     if local is not None:
         return sorted(str(path.relative_to(local)) for path in local.rglob("*.tar"))
-    filesystem, remote = fsspec.core.url_to_fs(root)
-    found = filesystem.glob(f"{remote.rstrip('/')}/*.tar")
-    return sorted(str(path).rpartition("/")[2] for path in found)
+    return files.glob(root, "*.tar")
 
 
 def _numbered(name: str, num_classes: int) -> Vocabulary:
@@ -109,19 +126,25 @@ def _numbered(name: str, num_classes: int) -> Vocabulary:
     )
 
 
-def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> list[dict[str, Any]]:
-    rows = []
-    with fsspec.open(path, "rb") as stream:
+def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> tuple[pa.Table, list[str]]:
+    """The rows of a shard, and what is wrong with those samples that cannot be read."""
+    rows, unreadable = [], []
+    with files.open_binary(path) as stream:
         for key, members in read_members(stream, path):
+            where = f"shard {path}, sample {key!r}"
             try:
-                row = index_row(members, vocabulary)
+                try:
+                    row = index_row(members, vocabulary)
+                except CorruptSample as error:
+                    unreadable.append(f"{where}: {error}")
+                    row = index_row(members, vocabulary, is_readable=False)
             except ValueError as error:
-                raise ValueError(f"shard {path}, sample {key!r}: {error}") from error
+                raise ValueError(f"{where}: {error}") from error
             if row is not None:
                 rows.append({**row, "key": key, "shard": name})
     if not rows:
         raise ValueError(f"shard {path}: no image member ({sorted(IMAGE_FORMATS)}) in it")
-    return rows
+    return pa.Table.from_pylist(rows, schema=arrow_schema()), unreadable
 
 
 Members = dict[str, tuple[int, bytes]]
@@ -130,46 +153,46 @@ Members = dict[str, tuple[int, bytes]]
 def read_members(stream: IO[bytes], path: str) -> Iterator[tuple[str, Members]]:
     """(key, extension -> (offset, content)) for each run of members that share a key.
 
-    ValueError, naming the shard, if it is cut short or holds a pickle.
+    ValueError, naming the shard, if it is damaged or cut short or holds a pickle.
     """
     key, members = "", Members()
-    wanted = {*IMAGE_FORMATS, MASK_EXTENSION, "cls", "json"}
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                extension = extension.lower()
-                if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
-                    raise ValueError(
-                        f"shard {path}: member {member.name} is a pickle, which can run code when "
-                        "read; refused. Write the shards without it (images, masks as PNG, labels "
-                        "as JSON)"
-                    )
-                if not member.isfile() or extension not in wanted:
-                    continue
-                this = f"{folder}/{stem}" if folder else stem
-                if this != key and members:
-                    yield key, members
-                    members = {}
-                key = this
-                content = tar.extractfile(member)
-                assert content is not None
-                members[extension] = (member.offset_data, content.read())
-                if len(members[extension][1]) != member.size:
-                    raise tarfile.ReadError(f"member {member.name} is incomplete")
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
-            f"shard {path} is cut short or not a plain tar ({error}); copy or write it again"
-        ) from error
+    for file in tar_files(stream, f"shard {path}"):
+        folder, _, base = file.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        extension = extension.lower()
+        if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
+            raise ValueError(
+                f"shard {path}: member {file.name} is a pickle, which can run code when read; "
+                "refused. Write the shards without it (images, masks as PNG, labels as JSON)"
+            )
+        if extension not in _MAX_BYTES:
+            continue
+        if file.size > _MAX_BYTES[extension]:
+            raise ValueError(
+                f"shard {path}: member {file.name} has {file.size:,} bytes, more than the "
+                f"{_MAX_BYTES[extension]:,} that a .{extension} may have; leave it out"
+            )
+        this = f"{folder}/{stem}" if folder else stem
+        if this != key and members:
+            yield key, members
+            members = {}
+        key = this
+        stream.seek(file.offset_data)
+        if extension in members:
+            raise ValueError(f"shard {path}: member {file.name} is there twice; leave one out")
+        members[extension] = (file.offset_data, stream.read(file.size))
     if members:
         yield key, members
 
 
-def index_row(members: Members, vocabulary: Vocabulary | None) -> dict[str, Any] | None:
+def index_row(
+    members: Members, vocabulary: Vocabulary | None, is_readable: bool = True
+) -> dict[str, Any] | None:
     """What the index says of a sample, but for its key and shard; None if it has no image.
 
-    ValueError for a label outside the vocabulary or a mask of another size than the image.
+    is_readable: whether to look at the pixels; else the sample counts as one of 0 x 0.
+    ValueError for labels that cannot be read or lie outside the vocabulary, CorruptSample for an
+    image or a mask that cannot be used.
     """
     image_format = next((extension for extension in members if extension in IMAGE_FORMATS), None)
     if image_format is None:
@@ -177,23 +200,26 @@ def index_row(members: Members, vocabulary: Vocabulary | None) -> dict[str, Any]
     labels = [_class_id(value, vocabulary) for value in _labels(members)]
     offset, image = members[image_format]
     places = {"image_offset": offset, "image_size": len(image)}
-    mask = None
+    size, mask = (0, 0), None
     if MASK_EXTENSION in members:
         offset, content = members[MASK_EXTENSION]
         places |= {"mask_offset": offset, "mask_size": len(content)}
-        mask = decode_mask(content).numpy().astype(np.uint16)  # IGNORE is MASK_IGNORE again
+        if is_readable:
+            mask = decode_mask(content).numpy().astype(np.uint16)  # IGNORE is MASK_IGNORE again
+    if is_readable:
+        size = open_image(image, image_format).size
     num_classes = MASK_IGNORE if vocabulary is None else len(vocabulary)
-    return sample_row(image, image_format, mask, labels, num_classes) | places
+    return sample_row(size, image_format, mask, labels, num_classes) | places
 
 
 def _labels(members: Members) -> list[Any]:
     value: Any = []
     if "json" in members:
-        value = decode_json(members["json"][1])
+        value = parse(members["json"][1], "its .json")
         if isinstance(value, Mapping):
             value = next((value[name] for name in ("labels", "label", "cls") if name in value), [])
     elif "cls" in members:
-        value = decode_json(members["cls"][1])
+        value = parse(members["cls"][1], "its .cls")
     return value if isinstance(value, list) else [value]
 
 

@@ -6,7 +6,6 @@ A recipe lists `Picture`s cheaply (no pixel is read), `cut_into_shards` deals th
 
 from __future__ import annotations
 
-import io
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from memseg_dist.batch import derive_seed
-from memseg_dist.data.decode import MASK_IGNORE, CorruptSample, open_image
+from memseg_dist.data.decode import MASK_IGNORE, CorruptSample, load_pixels, open_image
+from memseg_dist.data.files import read_text
 from memseg_dist.tools.shards import Sample
 
 Mask = NDArray[np.uint16]
@@ -113,12 +112,11 @@ def sniff_format(content: bytes) -> str | None:
     return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
 
 
-def read_pixels(path: str) -> NDArray[np.int64]:
-    """A label map's raw values [H, W], or [H, W, C] of a colour image; palette images by index."""
+def read_pixels(path: str) -> NDArray[np.int32]:
+    """A PNG's raw values [H, W], or [H, W, C] of a colour image; palette images by index."""
     try:
-        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
-            return np.asarray(image).astype(np.int64)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return load_pixels(open_image(Path(path).read_bytes(), "png")).astype(np.int32)
+    except (OSError, CorruptSample) as error:
         raise ValueError(f"mask {path}: cannot be read ({error}); restore the file") from error
 
 
@@ -145,7 +143,7 @@ def read_matlab(path: str, fields: Sequence[str], instead: str) -> NDArray[np.in
         ) from error
 
 
-def map_values(values: NDArray[np.int64], table: Mapping[int, int], path: str) -> Mask:
+def map_values(values: NDArray[np.integer], table: Mapping[int, int], path: str) -> Mask:
     """Raw values -> local ids by `table` (id -1 = unknown).
 
     ValueError naming the path for a value that the table does not have.
@@ -175,7 +173,7 @@ def read_names(path: Path, fix: str) -> list[str]:
     """The names in a list of images, one a line; ValueError ending in `fix` if there is no file."""
     if not path.is_file():
         raise ValueError(f"no list of images {path}; {fix}")
-    return path.read_text().split()
+    return read_text(path).split()
 
 
 def counted(num_images: int, full: int) -> str:

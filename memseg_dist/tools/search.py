@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from memseg_dist.data.columns import reading_parquet
+
 COLUMNS = ("uid", "position", "vector", "count", "last_step")
 
 
@@ -46,10 +48,12 @@ class PublishedRows:
                 f"no published bank at {path}: expected *.parquet of ShardedRows.publish"
             )
         for file in files:
-            missing = sorted(set(COLUMNS) - set(pq.read_schema(file).names))
+            with reading_parquet(file):
+                missing = sorted(set(COLUMNS) - set(pq.read_schema(file).names))
             if missing:
                 raise ValueError(f"{file} is no published bank: it lacks the columns {missing}")
-        table = pq.read_table(files, columns=[*COLUMNS]).combine_chunks()
+        with reading_parquet(path):
+            table = pq.read_table(files, columns=[*COLUMNS]).combine_chunks()
         if table.num_rows == 0:
             raise ValueError(f"the bank at {path} has no rows: nothing was committed to it yet")
         vectors = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

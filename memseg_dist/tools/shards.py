@@ -22,7 +22,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from memseg_dist.data.decode import MASK_EXTENSION, MASK_IGNORE, encode_mask, open_image
+from memseg_dist.data.decode import (
+    MASK_EXTENSION,
+    MASK_IGNORE,
+    CorruptSample,
+    encode_mask,
+    open_image,
+)
 from memseg_dist.data.files import make_folder, temporary_beside, unwritable
 from memseg_dist.data.index import Index
 from memseg_dist.data.schema import (
@@ -35,6 +41,7 @@ from memseg_dist.data.schema import (
 )
 from memseg_dist.data.vocabulary import Vocabulary
 
+_PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 _KEY = re.compile(r"[^./\\\s\x00_][^.\\\s\x00]*")
 
 
@@ -139,7 +146,8 @@ def _row_and_members(sample: Sample, num_classes: int) -> tuple[dict[str, Any], 
         raise ValueError("extra must not hold 'labels'; give them as Sample.labels")
     if mask is not None and (mask.dtype != np.uint16 or mask.ndim != 2):
         raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}; it must be uint16 [H, W]")
-    row = sample_row(sample.image, sample.image_format, mask, sample.labels, num_classes)
+    size = open_image(sample.image, sample.image_format).size
+    row = sample_row(size, sample.image_format, mask, sample.labels, num_classes)
     value = {"labels": row["labels"], **sample.extra}
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     members = {row["image_format"]: sample.image, "json": text.encode()}
@@ -149,22 +157,23 @@ def _row_and_members(sample: Sample, num_classes: int) -> tuple[dict[str, Any], 
 
 
 def sample_row(
-    image: bytes,
+    size: tuple[int, int],
     image_format: str,
     mask: NDArray[np.uint16] | None,
     labels: Iterable[int],
     num_classes: int,
 ) -> dict[str, Any]:
-    """What the index says of a sample, but for its key and where its members lie.
+    """What the index says of a sample, but for its key, its shard and where its members lie.
 
-    ValueError for a label or mask value outside `num_classes`, a mask of another size than the
-    image, or an image that is not of its format.
+    size: (width, height) of the image, (0, 0) if it cannot be read.
+    ValueError for a label or mask value outside `num_classes`, CorruptSample for a mask of another
+    size than the image.
     """
-    width, height = open_image(image, image_format).size
+    width, height = size
     pixels: dict[int, int] = {}
     if mask is not None:
         if mask.shape != (height, width):
-            raise ValueError(
+            raise CorruptSample(
                 f"the mask is {mask.shape[1]} x {mask.shape[0]} pixels but the image is "
                 f"{width} x {height}; write masks at the image's size"
             )
@@ -192,7 +201,7 @@ def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
     """An index of these tables, whole or not at all."""
     temporary = temporary_beside(path)
     try:
-        with pq.ParquetWriter(temporary, arrow_schema(), compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, arrow_schema(), **_PARQUET) as writer:
             for table in tables:
                 writer.write_table(table)
         os.replace(temporary, path)
@@ -261,10 +270,15 @@ def _check_keys_and_labels(
                 "finish with the vocabulary that the shards were written for"
             )
         keys += table["key"].chunks
+    check_keys(keys, folder)
+
+
+def check_keys(keys: list[pa.Array], where: str | Path) -> None:
+    """ValueError naming a key that comes twice."""
     chunked = pa.chunked_array(keys, type=pa.string())
     if pc.count_distinct(chunked).as_py() != len(chunked):
         counts = chunked.value_counts()
         twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
         raise ValueError(
-            f"{folder}: key {twice!r} is in two shards; every sample needs a key of its own"
+            f"{where}: key {twice!r} is given to two samples; every one needs a key of its own"
         )

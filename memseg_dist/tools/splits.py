@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import fsspec
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from memseg_dist.batch import derive_seed
-from memseg_dist.data.files import exists, read_bytes, write_atomically
+from memseg_dist.data.columns import read_rows
+from memseg_dist.data.files import exists, read_text, write_atomically
 from memseg_dist.data.index import Index
 from memseg_dist.data.order import permutation
 from memseg_dist.data.splits import is_path, read_split, split_path
@@ -92,9 +92,10 @@ def open_pool(index: Index, within: str | None = None) -> Pool:
     What an image shows is what is in its mask, or without masks its image labels.
     """
     part = index if within is None else index.only(read_split(index.root, within))
-    with fsspec.open(index.parquet, "rb") as stream:
-        table = pq.read_table(stream, columns=["key", "mask_size", "labels", "pixels"])
+    columns = ["key", "mask_size", "width", "labels", "pixels"]
+    table = pa.Table.from_batches(read_rows(index.parquet, 65536, columns))
     rows = index.rows_of([*part.all_keys()])
+    rows = rows[table["width"].to_numpy()[rows] > 0]
     if part.num_masks:
         rows = rows[table["mask_size"].to_numpy()[rows] > 0]
     table = table.take(np.sort(rows)).sort_by("key")
@@ -102,7 +103,10 @@ def open_pool(index: Index, within: str | None = None) -> Pool:
     image = np.repeat(np.arange(len(table)), np.diff(labels.offsets.to_numpy()))
     label = labels.flatten().to_numpy().astype(np.int64)
     if part.num_masks:
-        is_shown = table["pixels"].combine_chunks().flatten().to_numpy() > 0
+        pixels = table["pixels"].combine_chunks()
+        if pixels.offsets != labels.offsets:
+            raise ValueError(f"{index.parquet}: 'pixels' does not fit 'labels'; write it again")
+        is_shown = pixels.flatten().to_numpy() > 0
         image, label = image[is_shown], label[is_shown]
     return Pool(tuple(table["key"].to_pylist()), image, label, index.vocabulary.names)
 
@@ -151,7 +155,7 @@ def listed_keys(path: str, index: Index, suffixes: Sequence[str]) -> list[str]:
 
     ValueError naming lines that the shards do not have.
     """
-    lines = [line.split()[0] for line in read_bytes(path).decode().splitlines() if line.strip()]
+    lines = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     found: list[str | None] = [None] * len(lines)
     for spelled in _spellings(suffixes):
         keys = [spelled(line) for line in lines]

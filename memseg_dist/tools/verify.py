@@ -7,11 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import pyarrow.parquet as pq
-
+from memseg_dist.data.columns import read_rows
 from memseg_dist.data.decode import decode_image
-from memseg_dist.data.files import join
+from memseg_dist.data.files import join, open_binary
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.external import Members, index_row, read_members
@@ -36,9 +34,8 @@ def verify(root: str | Path) -> Index:
 
 
 def _rows(index: Index) -> Iterator[dict[str, Any]]:
-    with fsspec.open(index.parquet, "rb") as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(4096):
-            yield from batch.to_pylist()
+    for batch in read_rows(index.parquet, 4096):
+        yield from batch.to_pylist()
 
 
 def _shard_problems(
@@ -46,17 +43,16 @@ def _shard_problems(
 ) -> Iterator[str]:
     seen = set()
     try:
-        with fsspec.open(path, "rb") as stream:
+        with open_binary(path) as stream:
             for key, members in read_members(stream, path):
                 seen.add(key)
                 problem = _problem(members, expected.get(key), vocabulary)
                 if problem:
                     yield f"shard {path}, sample {key!r}: {problem}"
-    except OSError as error:
-        yield f"shard {path} cannot be read ({error})"
-        return
     except ValueError as error:
         yield str(error)
+        if not seen:
+            return
     missing = sorted(set(expected) - seen)
     if missing:
         yield f"shard {path}: {len(missing)} samples of the index are absent, e.g. {missing[0]!r}"

@@ -16,22 +16,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from memseg_dist import dist
+from memseg_dist.checks import require
 from memseg_dist.config import RunConfig
-from memseg_dist.data.files import is_url, join
+from memseg_dist.data.files import filesystem_of, info, is_url, join, open_binary
 from memseg_dist.data.splits import split_name
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.jsonable import decode, encode, flatten
@@ -42,6 +42,7 @@ from memseg_dist.train.storage import (
     make_empty,
     on_rank_0,
     read_json,
+    reading_tensors,
     rename,
     together,
     write_json,
@@ -112,8 +113,37 @@ def latest(directory: str) -> str | None:
     return max((path for path, is_whole in checkpoints.items() if is_whole), default=None)
 
 
-Part = list
-"""[file, start, stop]: the file has rows [start, stop) of a tensor; [file, -1, -1]: all of it."""
+Part = tuple[str, int, int]
+"""(file, start, stop): the file has rows [start, stop) of a tensor; (file, -1, -1): all of it."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What was written to one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`: every file of a checkpoint, and which of them hold which rows of a memory's
+    tensors, ascending."""
+
+    format: int
+    step: int
+    files: Mapping[str, FileEntry]
+    memories: Mapping[str, Mapping[str, tuple[Part, ...]]]
+
+    def __post_init__(self) -> None:
+        tensors = [parts for tensors in self.memories.values() for parts in tensors.values()]
+        named = {part[0] for parts in tensors for part in parts}
+        strange = sorted(name for name in self.files if name != Path(name).name)
+        require(not strange, "files", strange, "files of the checkpoint's own directory")
+        missing = sorted({"model.safetensors", "optimizer.safetensors", "run.json"} | named)
+        missing = [name for name in missing if name not in self.files]
+        require(not missing, "files", sorted(self.files), f"a list that has {missing} too")
+        require(all(tensors), "memories", self.memories, "one file or more for each tensor")
 
 
 @dataclass(frozen=True)
@@ -123,23 +153,27 @@ class Checkpoint:
     path: str
 
     @cached_property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         where = join(self.path, MANIFEST)
-        manifest = read_json(where)
-        if manifest.get("format") != FORMAT:
+        value = read_json(where)
+        if value.get("format") != FORMAT:
             raise ValueError(
-                f"{where}: format {manifest.get('format')!r}, this version reads {FORMAT}"
+                f"{where}: format {value.get('format')!r}, this version reads {FORMAT}"
             )
-        return manifest
+        return decode(Manifest, value, where)
 
     @cached_property
     def _run(self) -> dict[str, Any]:
-        return read_json(join(self.path, "run.json"))
+        where = join(self.path, "run.json")
+        run = read_json(where)
+        if not {"config", "label_space"} <= run.keys():
+            raise ValueError(f"{where} has only {sorted(run)}; delete {self.path}")
+        return run
 
     @property
     def step(self) -> int:
         """How many steps had been done."""
-        return self.manifest["step"]
+        return self.manifest.step
 
     @cached_property
     def config(self) -> RunConfig:
@@ -147,7 +181,8 @@ class Checkpoint:
 
     @cached_property
     def label_space(self) -> LabelSpace:
-        return LabelSpace.from_json(self._run["label_space"])
+        where = join(self.path, "run.json")
+        return LabelSpace.from_json(self._run["label_space"], f"{where}: label_space")
 
     def weights(self) -> dict[str, Tensor]:
         return self._tensors("model.safetensors")
@@ -172,26 +207,23 @@ class Checkpoint:
 
     def verify(self, files: list[str] | None = None) -> None:
         """ValueError naming the first of `files` (default: all) that is not as it was written."""
-        for name in sorted(self.manifest["files"] if files is None else files):
-            entry, where = self.manifest["files"][name], join(self.path, name)
-            try:
-                with fsspec.open(where, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise ValueError(f"cannot read {where}: {error}") from error
-            if found != entry["sha256"]:
+        for name in sorted(self.manifest.files if files is None else files):
+            expected, where = self.manifest.files[name].sha256, join(self.path, name)
+            with open_binary(where) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            if found != expected:
                 raise ValueError(
                     f"{where} is damaged: SHA-256 is {found}, the manifest says "
-                    f"{entry['sha256']}; delete {self.path} to resume from an earlier checkpoint"
+                    f"{expected}; delete {self.path} to resume from an earlier checkpoint"
                 )
 
     def verify_together(self) -> None:
         """Every rank checks its share of the files; an error is raised on all. Collective."""
-        files = sorted(self.manifest["files"])
+        files = sorted(self.manifest.files)
         together(lambda: self.verify(files[dist.rank() :: dist.size()]))
 
-    def _parts(self, memory: str) -> dict[str, list[Part]]:
-        saved = self.manifest["memories"]
+    def _parts(self, memory: str) -> Mapping[str, Sequence[Part]]:
+        saved = self.manifest.memories
         if memory not in saved:
             raise ValueError(
                 f"{self.path} holds no memory '{memory}', only {sorted(saved)}; "
@@ -200,10 +232,11 @@ class Checkpoint:
         return saved[memory]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
-        with local_copy(join(self.path, name)) as path:
+        where = join(self.path, name)
+        with local_copy(where) as path, reading_tensors(where):
             return load_file(path)
 
-    def _read_rows(self, parts: list[Part], name: str, start: int, stop: int | None) -> Tensor:
+    def _read_rows(self, parts: Sequence[Part], name: str, start: int, stop: int | None) -> Tensor:
         if parts[0][1] < 0:
             with self._open(parts[0][0]) as file:
                 tensor = file.get_tensor(name)
@@ -216,12 +249,21 @@ class Checkpoint:
                 with self._open(file_name) as file:
                     found.append(file.get_slice(name)[max(low - first, 0) : max(high - first, 0)])
         rows = torch.cat(found)
-        assert len(rows) == max(stop - start, 0), f"{self.path}: rows {start}:{stop} of '{name}'"
+        if len(rows) != max(stop - start, 0):
+            raise ValueError(
+                f"{join(self.path, MANIFEST)}: rows {start}:{stop} of '{name}' are not all in "
+                f"{parts}; delete {self.path} to resume from an earlier checkpoint"
+            )
         return rows
 
     @contextmanager
     def _open(self, name: str) -> Iterator[Any]:
-        with local_copy(join(self.path, name)) as path, safe_open(path, framework="pt") as file:
+        where = join(self.path, name)
+        with (
+            local_copy(where) as path,
+            reading_tensors(where),
+            safe_open(path, framework="pt") as file,
+        ):
             yield file
 
 
@@ -300,7 +342,7 @@ def _divide(name: str, state: Mapping[str, Rows | Tensor]) -> tuple[dict[str, Te
             if (start, stop) in seen or (start == stop >= 0 and not is_only_chance):
                 continue
             seen.add((start, stop))
-            parts[key].append([_memory_file(name, rank), start, stop])
+            parts[key].append((_memory_file(name, rank), start, stop))
             if rank == dist.rank():
                 own[key] = value.tensor if isinstance(value, Rows) else value
         parts[key].sort(key=lambda part: part[1])
@@ -314,7 +356,7 @@ def _memory_file(name: str, rank: int | None = None) -> str:
 
 def _survey(directory: str) -> dict[str, bool]:
     """Each checkpoint's path, oldest first, and whether it is whole."""
-    filesystem, root = fsspec.core.url_to_fs(directory)
+    filesystem, root = filesystem_of(directory)
     filesystem.invalidate_cache()
     if not filesystem.isdir(root):
         return {}
@@ -324,22 +366,24 @@ def _survey(directory: str) -> dict[str, bool]:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether the manifest is there and every file it lists has its size."""
+    """Whether the manifest is there and every file it lists has its size. What another version
+    wrote counts as whole, so that it is not passed over but refused when it is read.
+    """
+    where = join(path, MANIFEST)
     try:
-        manifest = read_json(join(path, MANIFEST))
-        for name, entry in manifest["files"].items():
-            filesystem, remote = fsspec.core.url_to_fs(join(path, name))
-            if filesystem.info(remote)["size"] != entry["bytes"]:
-                return False
-    except (ValueError, OSError, KeyError):
+        value = read_json(where)
+        if value.get("format") != FORMAT:
+            return True
+        listed = decode(Manifest, value, where).files
+        return all(info(join(path, name))["size"] == entry.bytes for name, entry in listed.items())
+    except ValueError:
         return False
-    return True
 
 
 def _forget_old(directory: str, keep: int) -> None:
     whole = [path for path, is_whole in _survey(directory).items() if is_whole]
     for path in whole[:-keep]:
-        filesystem, remote = fsspec.core.url_to_fs(path)
+        filesystem, remote = filesystem_of(path)
         try:
             filesystem.rm_file(join(remote, MANIFEST))  # first: a half-deleted one is not whole
             filesystem.rm(remote, recursive=True)

@@ -56,7 +56,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, with_memories: bool
     in its state: a teacher is part of a model that only predicts, a bank is not.
     ValueError naming the damaged file.
     """
-    files = sorted(checkpoint.manifest["files"])
+    files = sorted(checkpoint.manifest.files)
     checkpoint.verify([name for name in files if not name.startswith(("optimizer", "memory-"))])
     config, label_space = checkpoint.config, checkpoint.label_space
     backbone = dataclasses.replace(config.backbone, pretrained="")  # the checkpoint has them all

@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Mapping
 
-import fsspec
 import torch
 from torch import Tensor
 
 from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import RunConfig, to_json
-from memseg_dist.data.files import exists, is_url, join, read_bytes, write_atomically
+from memseg_dist.data.files import exists, filesystem_of, is_url, join, read_bytes, write_atomically
 from memseg_dist.jsonable import flatten
 from memseg_dist.train.platform import Context, Tracker
 from memseg_dist.train.storage import on_rank_0
@@ -147,7 +146,7 @@ class History:
     def _rewrite(self) -> None:
         content = "".join(f"{line}\n" for line in self._lines).encode()
         if is_url(self._path):
-            filesystem, path = fsspec.core.url_to_fs(self._path)
+            filesystem, path = filesystem_of(self._path)
             filesystem.pipe_file(path, content)
         else:
             write_atomically(self._path, content)

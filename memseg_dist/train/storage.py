@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from memseg_dist import dist
-from memseg_dist.data.files import is_url, join, read_bytes
+from memseg_dist.data import files
+from memseg_dist.data.files import filesystem_of, is_url, join, reading
 
 T = TypeVar("T")
 
@@ -45,17 +45,14 @@ def _write(directory: str, name: str, write: Callable[[str], Any]) -> dict[str, 
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             num_bytes = file.tell()
         if scratch:
-            filesystem, remote = fsspec.core.url_to_fs(target)
+            filesystem, remote = filesystem_of(target)
             filesystem.put_file(path, remote)
     return {"sha256": digest, "bytes": num_bytes}
 
 
 def read_json(path: str) -> dict[str, Any]:
     """ValueError naming a file that cannot be read or holds no JSON object."""
-    try:
-        value = json.loads(read_bytes(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    value = files.read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return value
@@ -70,13 +67,23 @@ def local_copy(path: str) -> Iterator[str]:
         yield path
         return
     with tempfile.TemporaryDirectory() as directory:
-        filesystem, remote = fsspec.core.url_to_fs(path)
-        filesystem.get_file(remote, f"{directory}/file")
+        filesystem, remote = filesystem_of(path)
+        with reading(path):
+            filesystem.get_file(remote, f"{directory}/file")
         yield f"{directory}/file"
 
 
+@contextlib.contextmanager
+def reading_tensors(path: str) -> Iterator[None]:
+    """ValueError naming a safetensors file that is damaged, or lacks what is read of it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; take another checkpoint") from error
+
+
 def make_empty(directory: str) -> None:
-    filesystem, root = fsspec.core.url_to_fs(directory)
+    filesystem, root = filesystem_of(directory)
     if filesystem.exists(root):
         filesystem.rm(root, recursive=True)
     filesystem.makedirs(root, exist_ok=True)
@@ -85,7 +92,7 @@ def make_empty(directory: str) -> None:
 def make_writable(directory: str) -> None:
     """Make the directory and try it, before hours are spent on what could not be kept."""
     try:
-        filesystem, root = fsspec.core.url_to_fs(directory)
+        filesystem, root = filesystem_of(directory)
         filesystem.makedirs(root, exist_ok=True)
         write_json(directory, ".writable", {})
         filesystem.rm_file(join(root, ".writable"))

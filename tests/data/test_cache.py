@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import threading
+import warnings
 
 import fsspec
 import pytest
@@ -36,15 +37,36 @@ def test_downloads_once_and_evicts_the_least_recently_opened(tmp_path):
     streams = [cache.open(url) for url in urls[:3]]
     assert held(tmp_path / "cache") == 3 * SIZE
     cache.open(urls[0]).close()
-    for number in range(4):
-        os.remove(tmp_path / "remote" / f"{number}") if number < 3 else None
     cache.open(urls[3]).close()  # evicts 1, the one not opened for longest
     assert held(tmp_path / "cache") == 3 * SIZE
-    assert cache.open(urls[0]).read() == bytes([0]) * SIZE
-    assert cache.open(urls[2]).read() == bytes([2]) * SIZE
-    with pytest.raises(ValueError, match=r"cannot find shard local://.*/1: .*check the path"):
-        cache.open(urls[1])
+    for number, is_held in ((0, True), (2, True), (1, False)):
+        again = cache.open(urls[number])
+        assert again.read() == bytes([number]) * SIZE
+        assert os.path.sameopenfile(again.fileno(), streams[number].fileno()) == is_held
     assert streams[1].read() == bytes([1]) * SIZE  # still readable where it is open
+    os.remove(tmp_path / "remote" / "1")
+    with pytest.raises(ValueError, match=r"cannot read local://.*/1: .*check the path"):
+        cache.open(urls[1])
+
+
+def test_a_shard_that_was_rewritten_is_read_anew(tmp_path):
+    (url,) = remote_files(tmp_path / "remote", 1)
+    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    assert cache.open(url).read() == bytes(SIZE)
+    (tmp_path / "remote" / "0").write_bytes(b"x" * SIZE)
+    assert cache.open(url).read() == b"x" * SIZE
+
+
+def test_a_store_that_cannot_tell_versions_is_named_once(tmp_path, monkeypatch):
+    urls = remote_files(tmp_path / "remote", 2)
+    local = fsspec.filesystem("local")
+    monkeypatch.setattr(type(local), "info", lambda *_, **__: {"size": SIZE, "ETag": None})
+    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for url in urls:
+            cache.open(url).close()
+    assert [str(warning.message)[:24] for warning in caught] == ["the store of local:// fi"]
 
 
 def test_local_paths_pass_through(tmp_path):
@@ -146,7 +168,7 @@ def test_a_data_set_behind_a_url_equals_the_local_one(tmp_path, masks_root):
     index = Index.open("memory://bucket/masks", tmp_path)
     row = int(index.shard_starts[3])
     fresh = EvalDataset("memory://bucket/masks", SPACE, "masks", cache_dir=tmp_path / "new")
-    with pytest.raises(ValueError, match=r"cannot find shard memory://.*shard-000003\.tar"):
+    with pytest.raises(ValueError, match=r"cannot read memory://.*shard-000003\.tar"):
         fresh[row]
 
 

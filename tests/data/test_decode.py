@@ -1,6 +1,8 @@
 """The allow-list decoder."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ from PIL import Image
 from memseg_dist.data.decode import (
     CorruptSample,
     decode_image,
-    decode_json,
     decode_mask,
     encode_mask,
 )
@@ -63,6 +64,28 @@ def test_a_decompression_bomb_is_refused():
         decode_image(huge, "png")
 
 
+def png_with(kind, content):
+    """A PNG with one more chunk behind its header."""
+    png = saved(Image.new("RGB", (4, 3)), "PNG")
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return png[:33] + struct.pack(">I", len(content)) + kind + content + check + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (b"gAMA", b""),
+        (b"tRNS", b"\0"),
+        (b"pHYs", b"\0"),
+        (b"iCCP", b"name\0\0" + zlib.compress(bytes(80 << 20))),
+        (b"zTXt", b"name\0\0" + zlib.compress(bytes(80 << 20))),
+    ],
+)
+def test_chunks_that_pillow_refuses_make_a_corrupt_sample(kind, content):
+    with pytest.raises(CorruptSample, match=r"not a readable PNG image|PNG data is damaged"):
+        decode_image(png_with(kind, content), "png")
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 def test_cut_images_are_refused(image_format):
     content = encoded(0, 100, 100, image_format)
@@ -80,5 +103,3 @@ def test_masks():
     assert torch.equal(made == -1, torch.from_numpy(mask == 65535))
     with pytest.raises(CorruptSample, match="mask has mode 'L'; it must be a 16-bit grey PNG"):
         decode_mask(saved(Image.new("L", (3, 3)), "PNG"))
-    with pytest.raises(CorruptSample, match="not JSON"):
-        decode_json(b"{")

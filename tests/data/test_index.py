@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data.made import NUM_CLASSES, REPOSITORY, sample, write
@@ -52,6 +53,41 @@ def test_rows_of_a_shard_must_be_together(tmp_path):
     table = pq.read_table(tmp_path / "index.parquet")
     pq.write_table(table.take([0, 2, 1, 3]), tmp_path / "index.parquet")
     with pytest.raises(ValueError, match=r"rows of shard shard-000000\.tar are not together"):
+        Index.open(tmp_path)
+
+
+def test_no_damage_of_an_index_goes_by(tmp_path):
+    path = tmp_path / "index.parquet"
+    rows = write(tmp_path, (2, 2))._rows.to_pylist()
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 31):
+        changed = bytes([whole[position] ^ (1 << position % 8)])
+        for damaged in (whole[:position], whole[:position] + changed + whole[position + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                assert Index.open(tmp_path)._rows.to_pylist() == rows
+            except ValueError as error:
+                assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("key", None, "'key' has empty cells"),
+        ("labels", [None], "'labels' has empty cells"),
+        ("labels", [-3], "'labels' is -3 .. "),
+        ("image_size", 2**60, f"'image_size' is .* {2**60}"),
+        ("mask_offset", -1, "'mask_offset' is -1 .. "),
+        ("image_format", "exe", "an image format is not one of"),
+    ],
+)
+def test_an_edited_index_says_what_is_wrong(tmp_path, column, value, message):
+    write(tmp_path, (3,))
+    table = pq.read_table(tmp_path / "index.parquet")
+    rows = table.to_pylist()
+    rows[1][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "index.parquet")
+    with pytest.raises(ValueError, match=rf"index\.parquet: {message}"):
         Index.open(tmp_path)
 
 

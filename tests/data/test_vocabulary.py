@@ -36,17 +36,23 @@ def test_a_uid_given_twice_is_an_error():
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", '"format": 1'),
-        ('{"format": 2, "categories": []}', '"format": 1'),
-        ('{"format": 1, "categories": [{"uid": "n1"}]}', "category 0 is"),
-        ('{"format": 1, "categories": [{"uid": "n1", "name": "a", "colour": 1}]}', "category 0"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", r"the file is \[\]; it must be an object"),
+        ('{"format": 2, "categories": []}', "format is 2; it must be 1, as Vocabulary.save"),
+        ('{"format": 1, "categories": null}', "categories is None; it must be a list"),
+        ('{"format": 1, "categories": [7]}', "categories.0 is 7; it must be an object"),
+        ('{"format": 1, "categories": [{"uid": "n1"}]}', "key 'categories.0.name' is missing"),
+        (
+            '{"format": 1, "categories": [{"uid": "n1", "name": "a", "colour": 1}]}',
+            "unknown key 'categories.0.colour'",
+        ),
         ('{"format": 1, "categories": [{"uid": "", "name": "a"}]}', "uid must not be empty"),
     ],
 )
 def test_a_broken_file_says_what_is_wrong(tmp_path, text, message):
     path = tmp_path / "vocabulary.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"vocabulary\.json: .*{message}"):
         Vocabulary.load(path)
 
 
@@ -103,3 +109,19 @@ def test_label_space_through_json():
     assert LabelSpace.from_json(json.loads(json.dumps(space.to_json()))) == space
     with pytest.raises(ValueError, match="source 'c' is not in the label space; known are"):
         space.classes("c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"to_union": None}, "to_union is None; it must be an object"),
+        ({"to_union": {"a": [0, "1"]}}, "to_union.a.1 is '1'; it must be of type int"),
+        ({"to_union": {"a": [0, -1, 9]}}, r"to_union.a is \[-1, 9\]; it must be ids of 2 classes"),
+        ({"vocabulary": []}, r"vocabulary is \[\]; it must be an object"),
+        ({"version": 1}, "unknown key 'version'"),
+    ],
+)
+def test_an_edited_label_space_says_what_is_wrong(changes, message):
+    space = LabelSpace.union({"a": vocabulary("x", "y")})
+    with pytest.raises(ValueError, match=rf"run\.json: {message}"):
+        LabelSpace.from_json(space.to_json() | changes, "run.json")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import LabelSpace, Vocabulary
+from memseg_dist.tools.recipe import read_pixels
 
 COCO = Path(__file__).resolve().parents[2] / "datasets" / "vocabularies" / "coco_stuff_171.json"
 
@@ -93,6 +97,33 @@ def test_bad_class_lists(load_recipe, tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_recipe("folder").read_classes(tmp_path / "c.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(load_recipe, tmp_path):
+    for name, text in (("c.txt", "dog\ncat\n"), ("c.json", '["dog", "cat"]')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_recipe("folder").read_classes(tmp_path / name).names == ("dog", "cat")
+    (tmp_path / "t.csv").write_text("path,label\na.jpg,dog\n", encoding="utf-8-sig")
+    assert load_recipe("folder").read_table(tmp_path / "t.csv") == [("a.jpg", ["dog"])]
+    (tmp_path / "c.txt").write_bytes("Möwe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"c\.txt is no UTF-8 text .*; save it as UTF-8"):
+        load_recipe("folder").read_classes(tmp_path / "c.txt")
+
+
+def test_images_that_pillow_refuses_are_skipped_and_giant_masks_refused(
+    folder, tmp_path, options, picture_files
+):
+    picture_files[0](tmp_path / "in" / "dog" / "good.jpg", 1)
+    gamma, giant = (tmp_path / "in" / "dog" / f"{name}.png" for name in ("gamma", "giant"))
+    Image.new("RGB", (4, 3)).save(gamma)
+    content, chunk = gamma.read_bytes(), b"\0\0\0\0gAMA" + struct.pack(">I", zlib.crc32(b"gAMA"))
+    gamma.write_bytes(content[:33] + chunk + content[33:])
+    Image.new("L", (12_000, 10_000)).save(giant)
+    report = folder.build(folder.Classes(tmp_path / "in", options()))
+    assert report.num_samples == 1
+    assert {key for key, _ in report.skipped} == {"dog/gamma", "dog/giant"}
+    with pytest.raises(ValueError, match=r"mask .*giant\.png.*12000 x 10000 pixels is above the"):
+        read_pixels(str(giant))
 
 
 def test_class_folders(folder, tmp_path, options, picture_files, read_back):

@@ -128,7 +128,7 @@ def test_bad_input(imagenet, tars, tmp_path, options):
     root = tars({TENCH: 3})
     content = (root / f"{TENCH}.tar").read_bytes()
     (root / f"{TENCH}.tar").write_bytes(content[:900])
-    with pytest.raises(ValueError, match=f"{TENCH}.tar: cut short"):
+    with pytest.raises(ValueError, match=f"{TENCH}.tar is cut short"):
         imagenet.build(imagenet.Raw(root, options()))
     with pytest.raises(ValueError, match=r"none has|the most is|no images"):
         (root / f"{TENCH}.tar").write_bytes(content)

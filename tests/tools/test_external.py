@@ -1,13 +1,18 @@
 """Shards made by others, indexed on first use."""
 
+import io
 import os
+import tarfile
+from dataclasses import replace
 
 import pytest
-from data.made import VOCABULARY, blocks, encoded, write
+from data.made import SPACE, VOCABULARY, blocks, encoded, write
 from webdataset import TarWriter
 
+from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.decode import encode_mask
 from memseg_dist.data.index import Index
+from memseg_dist.data.loader import Source, TrainLoader
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.external import ensure_indexed, index_external
 from memseg_dist.tools.verify import verify
@@ -19,10 +24,10 @@ def opened(root) -> Index:
     return Index.open(root)
 
 
-def make_tar(path, *samples):
+def make_tar(path, *samples, first=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     with TarWriter(str(path), encoder=False) as writer:
-        for number, members in enumerate(samples):
+        for number, members in enumerate(samples, first):
             writer.write({"__key__": f"dir/{number:03d}", **members})
 
 
@@ -30,10 +35,10 @@ def test_images_with_cls_are_indexed_on_first_use(tmp_path):
     root = tmp_path / "flowers"
     images = [encoded(number) for number in range(3)]
     make_tar(root / "train-0.tar", {"jpg": images[0], "cls": b"4"}, {"jpg": images[1], "cls": b"0"})
-    make_tar(root / "train-1.tar", {"jpg": images[2], "cls": b"2"})
+    make_tar(root / "train-1.tar", {"jpg": images[2], "cls": b"2"}, first=2)
     index = opened(root)
     assert (root / "index.parquet").exists()
-    assert [index.key(i) for i in range(3)] == ["dir/000", "dir/001", "dir/000"]
+    assert [index.key(i) for i in range(3)] == ["dir/000", "dir/001", "dir/002"]
     assert [index.labels(i) for i in range(3)] == [(4,), (0,), (2,)]
     for number in range(3):
         row = index.row(number)
@@ -72,8 +77,8 @@ def test_masks_in_our_form_are_used(tmp_path):
 
 
 def test_an_index_and_a_vocabulary_in_another_folder(tmp_path):
-    for name in ("a", "c"):
-        make_tar(tmp_path / "in" / f"{name}.tar", {"jpg": encoded(1), "cls": b"5"})
+    for number, name in enumerate(("a", "c")):
+        make_tar(tmp_path / "in" / f"{name}.tar", {"jpg": encoded(1), "cls": b"5"}, first=number)
     tars = [tmp_path / "in" / "a.tar", tmp_path / "in" / "c.tar"]
     path = index_external(tmp_path / "in", VOCABULARY, into=tmp_path / "out")
     assert path == tmp_path / "out" / "index.parquet"
@@ -117,15 +122,62 @@ def test_a_pickle_that_was_added_to_our_shards_is_found_by_verify(tmp_path):
         ({"cls": b"dog"}, "not JSON"),
         ({"json": b'{"label": "dog"}'}, "label 'dog' is neither a class number nor a known uid"),
         ({"json": b'{"label": true}'}, "label True is neither"),
-        ({"jpg": b"no image", "cls": b"1"}, "'dir/000': not a readable JPEG"),
+        ({"cls": b"4000000"}, "label 4000000 is outside the vocabulary of 6 classes"),
+        ({"json": b"[" * 100_000}, "'dir/000': its .json: not JSON"),
+    ],
+)
+def test_bad_labels_are_named(tmp_path, members, message):
+    VOCABULARY.save(tmp_path / "vocabulary.json")
+    make_tar(tmp_path / "0.tar", {"jpg": encoded(0), **members})
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"jpg": b"no image"}, "'dir/001': not a readable JPEG"),
         ({"mask.png": encode_mask(blocks(0, 20, 30))}, "the mask is 20 x 30 pixels but the image"),
         ({"mask.png": encoded(0, image_format="PNG")}, "mask has mode 'RGB'; it must be a 16-bit"),
     ],
 )
-def test_bad_members_are_named(tmp_path, members, message):
+def test_unreadable_pixels_obey_on_corrupt(tmp_path, cache, caplog, members, message):
     VOCABULARY.save(tmp_path / "vocabulary.json")
-    make_tar(tmp_path / "0.tar", {"jpg": encoded(0), **members})
-    with pytest.raises(ValueError, match=message):
+    good, bad = ({"jpg": encoded(number), "cls": b"1"} for number in range(2))
+    make_tar(tmp_path / "0.tar", good, bad | members)
+    index = opened(tmp_path)
+    assert (len(index), index.num_unreadable, index.labels(1)) == (2, 1, (1,))
+    assert "1 samples cannot be read" in caplog.text and message in caplog.text
+    with pytest.raises(ValueError, match=rf"1 problems(.|\n)*{message}"):
+        verify(tmp_path)
+    source = Source("labels", str(tmp_path), "labels", 1, 2, AugmentConfig((64, 48), crop=32))
+    with pytest.raises(
+        ValueError, match=r"1 of 2 samples could not be read when they were indexed"
+    ):
+        TrainLoader([source], SPACE, seed=0)
+    loader = TrainLoader([replace(source, on_corrupt="skip")], SPACE, seed=0)
+    assert [batch.skipped for batch, _ in next(loader.steps(0, 1))] == [1]
+
+
+def test_a_key_or_a_member_that_comes_twice_is_refused(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        make_tar(tmp_path / "a" / name, {"jpg": encoded(0), "cls": b"1"})
+    with pytest.raises(ValueError, match=r"/a: key 'dir/000' is given to two samples"):
+        opened(tmp_path / "a")
+    assert not (tmp_path / "a" / "index.parquet").exists()
+    (tmp_path / "b").mkdir()
+    with tarfile.open(tmp_path / "b" / "0.tar", "w") as tar:
+        for number in range(2):
+            header = tarfile.TarInfo("x.jpg")
+            header.size = len(encoded(number))
+            tar.addfile(header, io.BytesIO(encoded(number)))
+    with pytest.raises(ValueError, match=r"0\.tar: member x\.jpg is there twice"):
+        opened(tmp_path / "b")
+
+
+def test_a_shard_makes_no_more_classes_than_a_mask_can_hold(tmp_path):
+    make_tar(tmp_path / "0.tar", {"jpg": encoded(0), "cls": b"4000000"})
+    with pytest.raises(ValueError, match=r"0\.tar, sample 'dir/000': label 4000000 is outside"):
         opened(tmp_path)
 
 
@@ -136,7 +188,7 @@ def test_no_images_a_truncated_and_a_compressed_tar(tmp_path):
     make_tar(tmp_path / "0.tar", {"jpg": encoded(0)}, {"jpg": encoded(1)})
     content = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(content[:2000])
-    with pytest.raises(ValueError, match=r"0\.tar is cut short or not a plain tar"):
+    with pytest.raises(ValueError, match=r"0\.tar is cut short, damaged or not a plain tar"):
         opened(tmp_path)
     (tmp_path / "0.tar").write_bytes(b"\x1f\x8b" + content)
     with pytest.raises(ValueError, match="not a plain tar"):

@@ -72,6 +72,9 @@ def test_errors_name_what_is_wrong(published, tmp_path):
         rows.of_class("n2")
     with pytest.raises(ValueError, match="bank of 4 channels"):
         rows.nearest(np.zeros((1, 5), np.float32), 1)
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(ValueError, match=r"cut\.parquet is not a readable Parquet file"):
+        PublishedRows.open(tmp_path / "cut.parquet")
     with pytest.raises(ValueError, match="no published bank"):
         PublishedRows.open(tmp_path / "nowhere")
     ShardedRows(Rings(3, 2), Overwrite(), 4).publish(tmp_path / "empty", UIDS)

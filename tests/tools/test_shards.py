@@ -114,7 +114,7 @@ def test_repeated_keys_are_named(tmp_path):
         write_shard(tmp_path, 0, [sample(0), sample(0)], num_classes=NUM_CLASSES)
     for shard in range(2):
         write_shard(tmp_path, shard, [sample(0)], num_classes=NUM_CLASSES)
-    with pytest.raises(ValueError, match="key 'image0000' is in two shards"):
+    with pytest.raises(ValueError, match="key 'image0000' is given to two samples"):
         finish(tmp_path, VOCABULARY)
 
 
@@ -184,7 +184,7 @@ def test_verify_lists_what_is_wrong(tmp_path):
     message = str(raised.value)
     assert "'image0001': not a readable JPEG image" in message
     assert "'image0004': PNG data is damaged" in message
-    assert "shard-000002.tar cannot be read" in message
+    assert "cannot read " in message and "shard-000002.tar" in message
 
 
 def test_verify_notices_truncation_and_a_wrong_index(tmp_path):
@@ -192,7 +192,7 @@ def test_verify_notices_truncation_and_a_wrong_index(tmp_path):
     path = tmp_path / "shard-000000.tar"
     content = path.read_bytes()
     path.write_bytes(content[: index.row(2).image_offset + 100])
-    with pytest.raises(ValueError, match=r"cut short(.|\n)*1 samples of the index are absent"):
+    with pytest.raises(ValueError, match=r"cut short(.|\n)*2 samples of the index are absent"):
         verify(tmp_path)
     path.write_bytes(content)
     table = pq.read_table(tmp_path / "index.parquet")

@@ -172,6 +172,56 @@ def test_a_newer_format_is_refused(tmp_path):
         _ = Checkpoint(path).step
 
 
+def changed(value, path, to):
+    """A copy of JSON values with what lies at the dotted path set, or deleted for None."""
+    *parents, last = path.split("/")
+    copy = inner = json.loads(json.dumps(value))
+    for name in parents:
+        inner = inner[name]
+    inner.pop(last) if to is None else inner.update({last: to})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "message"),
+    [
+        ("step", None, "the key 'step' is missing"),
+        ("step", "4", "step is '4'; it must be of type int"),
+        ("files", [], r"files is \[\]; it must be an object"),
+        ("files/run.json", None, r"a list that has \['run.json'\] too"),
+        ("files/run.json/sha256", 5, "files.run.json.sha256 is 5; it must be of type str"),
+        ("files//etc/passwd", {"sha256": "", "bytes": 0}, None),
+        ("memories/memory/rows", [["gone.safetensors", 0, 14]], r"has \['gone.safetensors'\] too"),
+        ("memories/memory/rows", [["model.safetensors", 0]], "must be a list of 3"),
+        ("memories/memory/rows", [], "one file or more for each tensor"),
+        ("memories/memory/rows", [["model.safetensors", 0, 14]], "model.safetensors is damaged"),
+        ("memories/memory/rows/0/2", 3, "not all in"),
+    ],
+)
+def test_an_edited_manifest_is_refused_with_its_place(tmp_path, path, to, message):
+    directory, _ = write(str(tmp_path))
+    file = Path(directory, "manifest.json")
+    manifest = json.loads(file.read_text())
+    if path.startswith("files//"):
+        manifest["files"]["/etc/passwd"] = to
+        message = r"files is \['/etc/passwd'\]; it must be files of the checkpoint's own"
+    elif path.endswith("/0/2"):
+        manifest["memories"]["memory"]["rows"][0][2] = to
+    else:
+        manifest = changed(manifest, path, to)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"{directory}/.*{message}"):
+        Checkpoint(directory).reader("memory")("rows", 0, 14)
+
+
+def test_a_run_json_without_its_parts_is_refused(tmp_path):
+    directory, _ = write(str(tmp_path))
+    for content, message in (("{}", r"has only \[\]"), ("[1]", "expected a JSON object")):
+        Path(directory, "run.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"run\.json.*{message}"):
+            _ = Checkpoint(directory).config
+
+
 def test_maps_may_move_but_not_come_or_go(tmp_path):
     def config(saliency):
         made = tiny_config()

@@ -223,9 +223,9 @@ def assert_same_checkpoints(mine: RunConfig, other: RunConfig) -> None:
     """Every file of the last one, bit for bit."""
     ours, theirs = (Checkpoint(latest(f"{c.directory}/checkpoints")) for c in (mine, other))
     assert ours.step == theirs.step == 6
-    for name, entry in theirs.manifest["files"].items():
+    for name, entry in theirs.manifest.files.items():
         if name != "run.json":  # which holds the storage path
-            assert ours.manifest["files"][name]["sha256"] == entry["sha256"], name
+            assert ours.manifest.files[name].sha256 == entry.sha256, name
 
 
 def test_sigkill_and_resume_is_bitwise_at_the_same_size(whole, tmp_path):

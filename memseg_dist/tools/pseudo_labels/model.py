@@ -38,9 +38,9 @@ class CheckpointModel:
 
     def check_memory(self, name: str) -> bool:
         manifest = self.checkpoint.manifest
-        files = [file for file in manifest["files"] if file.startswith(f"memory-{name}-")]
+        files = [file for file in manifest.files if file.startswith(f"memory-{name}-")]
         self.checkpoint.verify(files)
-        return name in manifest["memories"]
+        return name in manifest.memories
 
     @cached_property
     def inference(self) -> Inference:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memseg_dist.data.decode import decode_json
+from memseg_dist.jsonable import parse
 from memseg_dist.tools.build import BuildReport
 from memseg_dist.tools.pseudo_labels.scores import PseudoScores
 from memseg_dist.tools.pseudo_labels.task import NOTE
+from memseg_dist.tools.tar import tar_files
 
 RULE = "unknown_"
 """What the name of a count of pixels that one rule made unknown begins with."""
@@ -92,9 +92,8 @@ def read_report(
 def _jsons(root: Path) -> Iterator[dict[str, Any]]:
     """What each written sample's JSON holds."""
     for path in sorted(root.glob("shard-*.tar")):
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    yield decode_json(content.read())
+        with open(path, "rb") as stream:
+            for file in tar_files(stream, path):
+                if file.name.endswith(".json"):
+                    stream.seek(file.offset_data)
+                    yield parse(stream.read(file.size), f"{path}, {file.name}")

@@ -10,6 +10,7 @@ from memseg_dist.batch import derive_seed
 from memseg_dist.data.files import absolute
 from memseg_dist.data.index import Index
 from memseg_dist.data.source import Source, check_source
+from memseg_dist.jsonable import encode
 from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.stages import LabelConfig
 from memseg_dist.tools.build import BuildOptions, ShardTask, build_dataset
@@ -39,7 +40,8 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
     model = CheckpointModel(checkpoint, config.device)
     ensure_indexed([config.data, config.truth] if config.truth else [config.data])
     index = Index.open(config.data)
-    check_source(Source("label", config.data, "labels"), index, len(index.vocabulary))
+    source = Source("label", config.data, "labels", on_corrupt="skip")
+    check_source(source, index, len(index.vocabulary))
     labeller.check_data(index.key(0))
     labeller.check(model)
     workers = config.workers
@@ -47,7 +49,7 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
         workers = 0  # a Ray task has no GPU; this process has one
     num_images = min(len(index), config.max_images or len(index))
     classes = choose_classes(index, model, labeller, num_images)
-    digest = derive_seed("checkpoint", json.dumps(checkpoint.manifest, sort_keys=True))
+    digest = derive_seed("checkpoint", json.dumps(encode(checkpoint.manifest), sort_keys=True))
     starts, stops = index.shard_starts[:-1].tolist(), index.shard_starts[1:].tolist()
     tasks = [
         LabelTask(

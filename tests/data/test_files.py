@@ -1,0 +1,36 @@
+"""Files behind paths and URLs."""
+
+import sys
+
+import pytest
+
+from memseg_dist.data.files import read_bytes, read_json
+from memseg_dist.data.index import Index
+from memseg_dist.tools.external import ensure_indexed
+
+
+@pytest.mark.parametrize(("url", "extra"), [("s3://bucket/data", "s3"), ("gs://bucket/a", "gcs")])
+def test_a_store_whose_package_is_not_installed_names_it(url, extra, tmp_path, monkeypatch):
+    for name in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    with pytest.raises(ValueError, match=rf"cannot open {url}.*'memseg-dist\[{extra}\]'"):
+        Index.open(url, tmp_path)
+
+
+def test_an_unknown_kind_of_url(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot open ftpp://a/b: Protocol not known: ftpp"):
+        read_bytes("ftpp://a/b")
+
+
+def test_a_server_that_cannot_be_reached(tmp_path):
+    url = "http://127.0.0.1:9"  # where nobody listens
+    for attempt in (lambda: ensure_indexed([f"{url}/data"], tmp_path),
+                    lambda: read_json(f"{url}/data.json")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"cannot read {url}/data.*Connect call failed"):
+            attempt()
+
+
+def test_json_that_is_nested_too_deeply_names_the_file(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.json: not JSON \(.*recursion"):
+        read_json(tmp_path / "a.json")
