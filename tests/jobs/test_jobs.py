@@ -19,6 +19,8 @@ from memseg_dist.assemble import build_label_space
 from memseg_dist.config import LaunchConfig, RunConfig, from_json, to_json
 from memseg_dist.data.index import Index
 from memseg_dist.methods.mcibi.network import Network
+from memseg_dist.methods.rca.fusion import RULES
+from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.nn.backbone import build_backbone
 from memseg_dist.pipeline import main, parse
 from memseg_dist.stages import is_reference, resolved
@@ -346,20 +348,36 @@ def test_rcas_options_reach_every_stage(job, monkeypatch, tmp_path):
     flags = [
         *("--name", "mine", "--storage", "S", "--seed", "3", "--launch.launcher", "local"),
         *("--eps", "--saliency", "maps", "--segmenter.steps", "9", "--classifier.steps", "70"),
-        *("--labels.labeller.fusion.no-use-crf", "--truth", "T"),
+        *("--labels.num-pictures", "3", "--truth", "T"),
     ]
     module = job("rca_voc")
     _, stages = parse(module.Options, module.stages, arguments=flags)
     classifier, labels, segmenter = stages.values()
-    assert Path(classifier.sources[0].saliency).resolve() == Path(labels.labeller.saliency)
-    assert labels.labeller.saliency == str(tmp_path / "maps")
+    assert Path(classifier.sources[0].saliency).resolve() == tmp_path / "maps"
+    assert labels.labeller == ActivationLabeller(maps="predicted", fusion=RULES["eps"])
     assert (classifier.method.saliency_weight, classifier.steps) == (1.0, 70)
-    assert (labels.workers, labels.truth, labels.labeller.fusion.use_crf) == (0, "T", False)
+    assert (labels.workers, labels.truth, labels.num_pictures) == (0, "T", 3)
     assert (segmenter.name, segmenter.storage, segmenter.seed) == ("mine_segmenter", "S", 3)
     assert (segmenter.steps, segmenter.sources[0].saliency) == (9, None)
     assert is_reference(segmenter.sources[0].path)
     pseudo = resolved(stages)["segmenter"].sources[0].path
     assert pseudo == str(tmp_path / "S" / "mine" / "labels")
+
+
+def test_rcas_jobs_label_by_anyones_rules(job, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module = job("rca_voc")
+
+    def labeller(*flags):
+        flags = [*flags, "--saliency", "maps"]
+        return parse(module.Options, module.stages, arguments=flags)[1]["labels"].labeller
+
+    assert labeller() == labeller("--rules", "rca")
+    assert labeller("--rules", "oaa") == dataclasses.replace(labeller(), fusion=RULES["oaa"])
+    assert labeller("--eps", "--rules", "oaa") == labeller("--rules", "oaa")
+    assert labeller("--eps") == labeller("--rules", "eps")
+    changed = labeller("--eps", "--labels.labeller.fusion.background-score", "0.3")
+    assert changed.fusion == dataclasses.replace(RULES["eps"], background_score=0.3)
 
 
 @pytest.mark.parametrize(
