@@ -174,12 +174,10 @@ class LarvSeg(Method):
     ) -> tuple[Tensor, Tensor]:
         """S_fg - S_bg [R, L] (Eq. 3, 4), which pairs are warm [R]; proposes the slot's events."""
         assert self.memory is not None
-        config, x_BLD = self.config, slot.x_BLD
+        config, x_BLD, valid_RL = self.config, slot.x_BLD, valid_BL[pairs.image]
         peak_RL = attention.pair_scores(x_BLD, slot.weight_ND[pairs.column], pairs.image)
-        event_RD = attention.top_pixel_mean(
-            peak_RL, valid_BL[pairs.image], x_BLD, pairs.image, config.top_k
-        )
-        self.memory.propose(pairs, event_RD, slot.clock)
+        event_RD = attention.top_pixel_mean(peak_RL, valid_RL, x_BLD, pairs.image, config.top_k)
+        self.memory.propose(pairs, event_RD, valid_RL.any(dim=1), slot.clock)
         mean_RD, is_warm_R = self.memory.look_up(pairs.class_id, slot.clock)
         if config.attention == "single_image":
             mean_RD, is_warm_R = event_RD, torch.ones_like(is_warm_R)

@@ -127,7 +127,9 @@ class RCA(Method):
                 tau=config.saliency_overlap,
                 foreground_weight=config.saliency_foreground,
             )
-        score_BL = o_BL.sigmoid()
+        # a crop without a position that is image passes no gate
+        is_blank_B1 = ~valid_BN.any(dim=1, keepdim=True)
+        score_BL = o_BL.sigmoid().masked_fill(is_blank_B1, -torch.inf)
         if self.accumulated is not None and clock.step >= self.epoch_steps:
             is_valid_B1hw = valid_BN.view_as(o_BMhw[:, :1])
             map_BLhw = net.activated(o_BMhw.detach()) * is_valid_B1hw
@@ -138,7 +140,8 @@ class RCA(Method):
             return losses
         mask_RN = self._masks(p_BLhw, valid_BN, pairs)
         region_RD = region_means(embedded.flatten(2), mask_RN, pairs.image)  # Eq. 2
-        score_BL = p_BL if config.gate_by == "intermediate" else score_BL
+        if config.gate_by == "intermediate":
+            score_BL = p_BL.masked_fill(is_blank_B1, -torch.inf)
         is_sure_R = score_BL[pairs.image, pairs.column] > config.gate
         ids_R2 = np.stack([pairs.class_ids, image_ids(batch, pairs)], axis=1)
         ids = ids_R2[:, : self.memory.layout.num_ids]

@@ -230,6 +230,15 @@ def test_image_without_labels_costs_nothing_and_does_not_break():
     assert total.item() == 0
 
 
+def test_a_crop_without_a_position_that_is_image_is_no_event():
+    one, method = batch("labels", [[3], [5]], 0), build()
+    one.valid[0] = torch.arange(SIZE) % (SIZE // GRID) == 0  # some pixels of every position
+    sum(method(one, Clock(0)).values()).backward()
+    method.after_step(Clock(0))
+    assert method.memory.read.counts.nonzero().tolist() == [[5]]
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+
+
 def test_a_label_outside_the_sources_vocabulary_is_named():
     method = build(classes={"weak": np.array([0, 1])})
     with pytest.raises(ValueError, match="label 5 of a batch of 'weak'"):

@@ -430,6 +430,17 @@ def test_an_image_without_labels_is_a_negative_and_a_blank_one_is_nothing():
     assert method(blank, Clock(5))["final"] == 0
 
 
+def test_a_crop_without_a_position_that_is_image_is_not_remembered():
+    config = dataclasses.replace(SETTINGS, gate=0.0, map_gate=0.0)
+    method, item = build(config), batch(EPOCH, 0)
+    item.valid[0] = torch.arange(SIZE) % (SIZE // GRID) == 0  # some pixels of every position
+    sum(method(item, Clock(EPOCH)).values()).backward()
+    method.after_step(Clock(EPOCH))
+    seen = [(label, image_id(item.keys[1])) for label in item.labels[1]]
+    for rows in method.state().values():
+        assert sorted(np.flatnonzero(rows.is_set)) == sorted(rows.layout.find(np.array(seen)))
+
+
 def test_eps_is_a_background_channel_and_a_saliency_loss():
     from memseg_dist.methods.rca.saliency_loss import saliency_loss
 
