@@ -128,6 +128,25 @@ def test_ade_has_the_papers_settings(job, options, counts, weights, slots, thres
     assert baseline.method == dataclasses.replace(run.method, attention="off")
 
 
+def test_the_papers_ablations_are_flags_of_the_ade_job(job):
+    module = job("larvseg_ade")
+
+    def run(*flags):
+        return parse(module.Options, module.stages, arguments=[*flags])[1]["train"]
+
+    half = run("--imagenet", "--method.source-weights", "weak_ade/aux", "0")
+    assert half.method.source_weights == {"weak_ade/aux": 0.0}
+    basic = run("--segmenter")
+    assert ([s.name for s in basic.active_sources], basic.num_slots) == (["coco_stuff"], 8)
+    assert (basic.name, basic.method.attention) == ("segmenter_ade20k_150", "off")
+    flags = ["--sources.0.slots", "0", "--sources.1.slots", "8", "--sources.1.supervision", "masks"]
+    (seen,) = run("--segmenter", *flags).active_sources
+    assert (seen.name, seen.supervision) == ("weak_ade", "masks")
+    flags = ["--sources.1.labels-from", "index", "--sources.1.hide-mask"]
+    weak = run(*flags).sources[1]
+    assert (weak.labels_from, weak.hide_mask) == ("index", True)
+
+
 def test_the_relabelling_of_a_split_is_in_the_config(job):
     run = stages_of(job("larvseg_ade"))["train"]
     assert [item.source for item in run.relabel] == ["coco_stuff", "weak_ade", "ade"]
