@@ -2,7 +2,7 @@
 
     python benchmarks/contrast.py [--quick] [--json FILE]
 
-12 regions a slot and worker, mixed (24 queries), D = 512. Ours: queries travel, rows stay, W gloo
+12 mixtures of two regions a slot and worker, D = 512. Ours: queries travel, rows stay, W gloo
 ranks. "gather": every rank fetches all rows, then computes alone. "naive": one rank, the public
 code's way, one region after another, the whole memory normalised again for each. "limit": one read
 of a rank's rows. Bytes are what a rank sends in ring algorithms, counted at the collectives. Below,
@@ -42,10 +42,11 @@ def filled_bank(num_classes: int, num_rows: int) -> ShardedRows:
     return ShardedRows(regions, Momentum(), DIM, noise_seed=0)
 
 
-def questions(num_classes: int) -> tuple[torch.Tensor, np.ndarray]:
+def questions(num_classes: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     draw = np.random.default_rng(dist.rank())
-    queries = torch.from_numpy(draw.normal(size=(2 * NUM_REGIONS, DIM))).float()
-    return queries.requires_grad_(), draw.integers(0, num_classes, 2 * NUM_REGIONS)
+    queries = torch.from_numpy(draw.normal(size=(NUM_REGIONS, DIM))).float()
+    classes = draw.integers(0, num_classes, (NUM_REGIONS, 2))
+    return queries.requires_grad_(), classes, np.ones(classes.shape)
 
 
 class Sent:
@@ -73,11 +74,11 @@ def worker(rank: int, world_size: int, form: str, size: tuple[int, int], port: i
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     bank = filled_bank(*size)
     contrast = Contrast(bank)
-    queries, classes = questions(size[0])
+    queries, classes, weights = questions(size[0])
     counts = dist.all_gather(torch.tensor([len(bank.rows)])).flatten().tolist()
 
     def ours() -> None:
-        contrast(queries, classes, TEMPERATURE).sum().backward()
+        contrast(queries, classes, weights, TEMPERATURE).sum().backward()
 
     def gather() -> None:
         everything = dist.all_gather_ragged(bank.rows, counts)
@@ -104,7 +105,7 @@ def _one_by_one(queries, classes, rows_TD, class_T, *, normalise_again: bool) ->
     """Eq. 4 region after region, as autograd sees it."""
     unit_TD = torch.nn.functional.normalize(rows_TD, dim=1)
     total = queries.sum() * 0
-    for query, class_id in zip(queries, classes.tolist()):
+    for query, class_id in zip(queries.repeat_interleave(2, dim=0), classes.flatten().tolist()):
         if normalise_again:
             unit_TD = torch.nn.functional.normalize(rows_TD, dim=1)
         score_T = unit_TD @ torch.nn.functional.normalize(query, dim=0) / TEMPERATURE
@@ -131,7 +132,7 @@ def plan() -> Table:
     for name, (_, num_rows, workers) in PLANNED.items():
         row_bytes = DIM * 4 + 4 + 4 + 12 + 8  # vector, length, updates, origin, class
         own = num_rows / workers
-        asked = 2 * NUM_REGIONS * workers
+        asked = NUM_REGIONS * workers
         scores = min(asked * own, max(2**25, own)) * 4
         table.add_row(name, f"{num_rows:,}", str(workers), f"{own * row_bytes / 1e9:.2f}",
                       f"{num_rows * 16 / 1e9:.2f}", f"{scores / 1e6:.0f}")  # fmt: skip
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
     table = Table("memory", "form", "workers", "time (ms)", "sent/worker/slot (KB)",
-                  "held/worker (MB)", title="Contrast of 24 queries per worker")  # fmt: skip
+                  "held/worker (MB)", title="Contrast of 12 mixtures per worker")  # fmt: skip
     rows = []
     for name, size in list(SIZES.items())[: 1 if arguments.quick else None]:
         cases = [("ours", w) for w in (1, 2, 4)] + [("gather", 2), ("naive", 1), ("limit", 1)]

@@ -15,7 +15,8 @@ run): 49 GPU hours at 50 TFLOP/s. The memory is 1.3 GB in fp32, split over the w
 means that each worker holds are 67 MB, as are the class table, its gradient and its momentum.
 
 Deviations from the paper's 21K setting: all 21,841 synsets (fall11) by synset id, not 11,276 by
-name; the whole vocabulary in every softmax; the attentive loss is on (0.1) beside L_cls (0.2).
+name; the whole vocabulary in every softmax; the attentive loss is on (0.1). lambda_cls is the
+code's 0.2, where the paper says 0.1.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def stages(options: Options) -> dict[str, Stage]:
         vocabularies(options),
         f"{data}/ade20k_847/val",
         protocol="wordnet",
-        baseline=options.baseline,
+        kind="baseline" if options.baseline else "larvseg",
         cls_weight=0.2,
         distance_threshold=1.0,
         steps=1_280_000,

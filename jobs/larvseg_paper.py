@@ -16,6 +16,8 @@ from memseg_dist.tools.shipped import recipe
 
 Protocol = Literal["wordnet", "table3", "head", "normalised"]
 """Which classes are one, and which are novel: see `datasets/larvseg_splits.py`."""
+Kind = Literal["larvseg", "baseline", "segmenter"]
+"""The paper's method; without memory and L_aux; and without image labels (Table 1)."""
 
 
 def larvseg_run(
@@ -25,13 +27,13 @@ def larvseg_run(
     validation: str,
     *,
     protocol: Protocol,
-    baseline: bool,
+    kind: Kind,
     cls_weight: float,
     distance_threshold: float,
     steps: int,
     every: Intervals,
 ) -> RunConfig:
-    """LarvSeg, or the paper's baseline, on the masks of COCO-Stuff and the labels of the others.
+    """A run on the masks of COCO-Stuff and the labels of the others.
 
     validation: shards with the vocabulary "ade". protocol: see `Protocol`.
     """
@@ -39,11 +41,11 @@ def larvseg_run(
         protocol, vocabularies, masks=["coco_stuff"], test="ade"
     )
     return RunConfig(
-        name=f"{'baseline' if baseline else 'larvseg'}_{name}",
+        name=f"{kind}_{name}",
         storage="runs",
         sources=sources,
         method=LarvSegConfig(
-            attention="off" if baseline else "cross_image",
+            attention="cross_image" if kind == "larvseg" else "off",
             cls_weight=cls_weight,
             aux_weight=0.1,
             distance_threshold=distance_threshold,

@@ -20,7 +20,7 @@ from memseg_dist.config import (
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
 from memseg_dist.methods.rca.config import RCAConfig, released
-from memseg_dist.methods.rca.fusion import FusionConfig
+from memseg_dist.methods.rca.fusion import RULES, FusionConfig
 from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.nn.backbone import BackboneConfig
@@ -54,7 +54,11 @@ class RCAOptions(PipelineOptions):
     saliency: str | None = None
     """Folder of saliency maps KEY.png (8 bit, of the images' sizes) for the pseudo labels."""
     eps: bool = False
-    """Train with the saliency-supervised loss of EPS as well; needs --saliency."""
+    """Train with the saliency-supervised loss of EPS as well, and label by its rules (--rules eps);
+    needs --saliency."""
+    rules: Literal["rca", "oaa", "eps"] | None = None
+    """Whose rules fuse the maps to labels: `RULES` of methods/rca/fusion.py; by default the job's.
+    Those of EPS take predicted maps, and no saliency."""
     truth: str | None = None
     """Shards with masks of the training images, to score the pseudo labels; by default those of
     the recipe, where it writes some."""
@@ -87,11 +91,17 @@ def rca_stages(
             raise ValueError("--eps needs --saliency: the folder of the images' saliency maps")
         method = replace(method, saliency_weight=1.0)
         sources = tuple(replace(source, saliency=options.saliency) for source in sources)
+    labeller = ActivationLabeller(saliency=options.saliency, fusion=fusion)
+    rules = options.rules or ("eps" if options.eps else None)
+    if rules == "eps":
+        labeller = ActivationLabeller(maps="predicted", fusion=RULES[rules])
+    elif rules is not None:
+        labeller = replace(labeller, fusion=RULES[rules])
     labels = LabelConfig(
         checkpoint=result("classifier"),
         data=sources[0].path,
         out=result("classifier") + "/labels",
-        labeller=ActivationLabeller(saliency=options.saliency, fusion=fusion),
+        labeller=labeller,
         truth=options.truth or truth,
         workers=0 if options.launch.launcher == "local" else None,
     )

@@ -50,7 +50,7 @@ def build_method(
     that the method cannot train with.
     """
     setup = Setup(
-        config.sources,
+        config.active_sources,
         label_space,
         config.backbone,
         scored=_scored_classes(config, label_space),

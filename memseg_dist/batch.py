@@ -80,6 +80,15 @@ class Batch:
     saliency: Tensor | None = None
     pseudo_masks: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """ValueError for a label that an image has twice: it would be its own negative."""
+        for image, labels in enumerate(self.labels):
+            if len(set(labels)) < len(labels):
+                raise ValueError(
+                    f"image {image} of a batch of {self.source!r} has the labels {labels}: give "
+                    "each once"
+                )
+
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 

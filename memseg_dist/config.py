@@ -282,6 +282,7 @@ class RunConfig:
         require(is_name, "name", self.name, "a folder's name without '/'")
         require(bool(self.sources), "sources", self.sources, "at least one source")
         names = [source.name for source in self.sources]
+        require(self.num_slots > 0, "sources", names, "at least one with a slot")
         require(len(set(names)) == len(names), "sources", names, "sources of different names")
         scored = [self.validation.name] if self.validation else []
         unknown = sorted({relabel.source for relabel in self.relabel} - {*names, *scored})
@@ -293,6 +294,11 @@ class RunConfig:
                 f"{names}: a worker without a slot would have nothing to do. Use at most "
                 f"{self.num_slots} workers, or give a source more slots"
             )
+
+    @property
+    def active_sources(self) -> tuple[Source, ...]:
+        """Those with slots. Nothing but the label space knows the others."""
+        return tuple(source for source in self.sources if source.slots)
 
     @property
     def num_slots(self) -> int:

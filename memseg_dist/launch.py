@@ -52,7 +52,7 @@ def run_worker(
     """One worker's part of the run. method: may be one that only the job knows."""
     register(method)
     config = from_json(config_json)
-    paths = [source.path for source in config.sources]
+    paths = [source.path for source in config.active_sources]
     ensure_indexed(
         [*paths, config.validation.path] if config.validation else paths, config.cache_directory
     )

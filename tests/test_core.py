@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from memseg_dist import dist
@@ -32,6 +33,12 @@ def test_batch_moves_all_its_tensors():
     batch = Batch(images, images[:, 0].bool(), images[:, 0].long(), ((),), "s", "masks", ("k",))
     moved = batch.to("meta")
     assert {moved.images.device.type, moved.valid.device.type, moved.masks.device.type} == {"meta"}
+
+
+def test_a_label_given_twice_is_refused():
+    images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"image 1 of a batch of 's' has the labels \(3, 3\)"):
+        Batch(images, images[:, 0].bool(), None, ((3,), (3, 3)), "s", "labels", ("a", "b"))
 
 
 def verbs():

@@ -103,7 +103,7 @@ def _evaluated(
     name, base, novel = validation.name, validation.base, validation.novel
     if not base and not novel:
         base, novel = _groups(config, space, name)
-    counts = image_counts(config.sources, space, config.cache_directory) if buckets else None
+    counts = image_counts(config.active_sources, space, config.cache_directory) if buckets else None
     classes = evaluated_classes(space, name, base=base, novel=novel, training_images=counts)
     dataset = EvalDataset(
         validation.path, space, name, resize=settings.resize, keep_ratio=settings.keep_ratio
@@ -130,7 +130,7 @@ def _groups(
     config: RunConfig, space: LabelSpace, name: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Uids of the evaluated classes that had masks in training, and of those that had not."""
-    trained = supervised_ids(config.sources, space, "masks")
+    trained = supervised_ids(config.active_sources, space, "masks")
     tested = np.setdiff1d(space.classes(name), IGNORE)
     base, novel = np.intersect1d(tested, trained), np.setdiff1d(tested, trained)
     uids = space.vocabulary.uids

@@ -31,6 +31,7 @@ class Source:
     """One data set in a run and how its samples become batches.
 
     name: its key in the label space. path: a folder or fsspec URL with shards.
+    slots: its micro-batches of a step. 0: it gives the label space its classes and is not read.
     split: the name of a list of keys kept with the shards (`data.splits`), or a path to one; the
     source is then these samples alone.
     supervision: "masks" (every sample has one), "labels" (image labels only) or "none": neither
@@ -69,9 +70,9 @@ class Source:
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
         object.__setattr__(self, "swap_on_flip", tuple(map(tuple, self.swap_on_flip)))
-        where, counts = f"source {self.name!r}: ", ("slots", "batch_per_slot", "group")
+        where = f"source {self.name!r}: "
         check_pairs(self.swap_on_flip, where + "swap_on_flip")
-        check_numbers(self, where, positive=counts)
+        check_numbers(self, where, positive=("batch_per_slot", "group"), not_negative=("slots",))
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             require(value in known, where + name, value, f"one of {known}")

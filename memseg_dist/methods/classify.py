@@ -86,9 +86,8 @@ class Classify(Method):
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:
         """The class's activation map over its maximum; zero where no position speaks for it."""
         index = torch.as_tensor(classes, device=images.device)
-        logits = self.predict(images, index)
         own = torch.arange(len(index), device=images.device)
-        activation_Bhw = logits.dense()[own, own].relu()
+        activation_Bhw = self.activations(images, index)[own, own]
         peak_B11 = activation_Bhw.amax(dim=(1, 2), keepdim=True)
         return {"activation": activation_Bhw / peak_B11.clamp_min(torch.finfo(peak_B11.dtype).tiny)}
 

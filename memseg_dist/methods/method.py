@@ -122,17 +122,20 @@ class DenseLogits:
         return self.logits
 
 
+_IN_FP32 = ("forward", "before_step", "predict", "activations", "embed", "maps", "label_sources")
+
+
 class Method(nn.Module):
     """Base of every method. Subclasses implement `forward` and `predict`.
 
-    `forward`, `before_step`, `predict`, `embed`, `maps` and `label_sources` run in fp32, whatever
-    autocast surrounds them: the backbone turns bf16 on for itself alone, so a score does not depend
-    on who asks.
+    `forward`, `before_step` and what is asked of the trained method run in fp32, whatever autocast
+    surrounds them: the backbone turns bf16 on for itself alone, so a score does not depend on who
+    asks.
     """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        for name in ("forward", "before_step", "predict", "embed", "maps", "label_sources"):
+        for name in _IN_FP32:
             if name in vars(cls):
                 setattr(cls, name, _without_autocast(vars(cls)[name]))
 
@@ -168,6 +171,12 @@ class Method(nn.Module):
     def predict(self, images: Tensor, classes: Tensor) -> Prediction:
         """Logits of the label-space ids `classes` [K] for uint8 images [B, 3, H, W]."""
         raise NotImplementedError
+
+    def activations(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Class activation maps [B, K, h, w] of 0 or more, of what `predict` is asked for:
+        relu(logits), but for a method whose loss reads its logits otherwise.
+        """
+        return self.predict(images, classes).dense().relu()
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit-norm pixel embeddings [B, D, h, w] of uint8 images [B, 3, H, W]."""

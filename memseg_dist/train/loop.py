@@ -135,7 +135,7 @@ def train_step(
 
 def build_loader(config: RunConfig, label_space: LabelSpace, context: Context) -> TrainLoader:
     return TrainLoader(
-        config.sources,
+        config.active_sources,
         label_space,
         seed=config.seed,
         cache_dir=config.cache_directory,

@@ -51,7 +51,9 @@ class Validator:
             base=settings.base,
             novel=settings.novel,
             exclude=settings.exclude,
-            training_images=image_counts(config.sources, label_space, config.cache_directory),
+            training_images=image_counts(
+                config.active_sources, label_space, config.cache_directory
+            ),
         )
         self.inference = Inference.of(settings, label_space.vocabulary)
         self.dataset = EvalDataset(

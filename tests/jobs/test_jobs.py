@@ -19,6 +19,8 @@ from memseg_dist.assemble import build_label_space
 from memseg_dist.config import LaunchConfig, RunConfig, from_json, to_json
 from memseg_dist.data.index import Index
 from memseg_dist.methods.mcibi.network import Network
+from memseg_dist.methods.rca.fusion import RULES
+from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.nn.backbone import build_backbone
 from memseg_dist.pipeline import main, parse
 from memseg_dist.stages import is_reference, resolved
@@ -124,6 +126,25 @@ def test_ade_has_the_papers_settings(job, options, counts, weights, slots, thres
     assert (run.optimizer.kind, run.optimizer.lr, run.steps) == ("sgd", 1e-3, 320_000)
     baseline = stages_of(job("larvseg_ade"), **options, baseline=True)["train"]
     assert baseline.method == dataclasses.replace(run.method, attention="off")
+
+
+def test_the_papers_ablations_are_flags_of_the_ade_job(job):
+    module = job("larvseg_ade")
+
+    def run(*flags):
+        return parse(module.Options, module.stages, arguments=[*flags])[1]["train"]
+
+    half = run("--imagenet", "--method.source-weights", "weak_ade/aux", "0")
+    assert half.method.source_weights == {"weak_ade/aux": 0.0}
+    basic = run("--segmenter")
+    assert ([s.name for s in basic.active_sources], basic.num_slots) == (["coco_stuff"], 8)
+    assert (basic.name, basic.method.attention) == ("segmenter_ade20k_150", "off")
+    flags = ["--sources.0.slots", "0", "--sources.1.slots", "8", "--sources.1.supervision", "masks"]
+    (seen,) = run("--segmenter", *flags).active_sources
+    assert (seen.name, seen.supervision) == ("weak_ade", "masks")
+    flags = ["--sources.1.labels-from", "index", "--sources.1.hide-mask"]
+    weak = run(*flags).sources[1]
+    assert (weak.labels_from, weak.hide_mask) == ("index", True)
 
 
 def test_the_relabelling_of_a_split_is_in_the_config(job):
@@ -346,20 +367,36 @@ def test_rcas_options_reach_every_stage(job, monkeypatch, tmp_path):
     flags = [
         *("--name", "mine", "--storage", "S", "--seed", "3", "--launch.launcher", "local"),
         *("--eps", "--saliency", "maps", "--segmenter.steps", "9", "--classifier.steps", "70"),
-        *("--labels.labeller.fusion.no-use-crf", "--truth", "T"),
+        *("--labels.num-pictures", "3", "--truth", "T"),
     ]
     module = job("rca_voc")
     _, stages = parse(module.Options, module.stages, arguments=flags)
     classifier, labels, segmenter = stages.values()
-    assert Path(classifier.sources[0].saliency).resolve() == Path(labels.labeller.saliency)
-    assert labels.labeller.saliency == str(tmp_path / "maps")
+    assert Path(classifier.sources[0].saliency).resolve() == tmp_path / "maps"
+    assert labels.labeller == ActivationLabeller(maps="predicted", fusion=RULES["eps"])
     assert (classifier.method.saliency_weight, classifier.steps) == (1.0, 70)
-    assert (labels.workers, labels.truth, labels.labeller.fusion.use_crf) == (0, "T", False)
+    assert (labels.workers, labels.truth, labels.num_pictures) == (0, "T", 3)
     assert (segmenter.name, segmenter.storage, segmenter.seed) == ("mine_segmenter", "S", 3)
     assert (segmenter.steps, segmenter.sources[0].saliency) == (9, None)
     assert is_reference(segmenter.sources[0].path)
     pseudo = resolved(stages)["segmenter"].sources[0].path
     assert pseudo == str(tmp_path / "S" / "mine" / "labels")
+
+
+def test_rcas_jobs_label_by_anyones_rules(job, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    module = job("rca_voc")
+
+    def labeller(*flags):
+        flags = [*flags, "--saliency", "maps"]
+        return parse(module.Options, module.stages, arguments=flags)[1]["labels"].labeller
+
+    assert labeller() == labeller("--rules", "rca")
+    assert labeller("--rules", "oaa") == dataclasses.replace(labeller(), fusion=RULES["oaa"])
+    assert labeller("--eps", "--rules", "oaa") == labeller("--rules", "oaa")
+    assert labeller("--eps") == labeller("--rules", "eps")
+    changed = labeller("--eps", "--labels.labeller.fusion.background-score", "0.3")
+    assert changed.fusion == dataclasses.replace(RULES["eps"], background_score=0.3)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from memseg_dist import dist
 from memseg_dist.batch import Clock
@@ -61,17 +62,21 @@ def nce_by_loops(query, class_id, rows, classes) -> torch.Tensor:
 
 
 def queries(rank: int):
-    """Ranks ask different numbers of questions; rank 1 asks none."""
+    """Ranks ask different numbers of questions; rank 1 asks none. Each is of two classes, which may
+    be the same one.
+    """
     count = 0 if rank == 1 else 9 + rank
     draw = np.random.default_rng(rank)
     values = torch.from_numpy(draw.normal(size=(count, DIM))).float().requires_grad_()
-    return values, draw.integers(0, NUM_CLASSES, count)
+    classes, weights = draw.integers(0, NUM_CLASSES, (count, 2)), draw.random((count, 2))
+    classes[1::4, 1], weights[::3, 1] = classes[1::4, 0], 0.0
+    return values, classes, weights
 
 
 def _worker(options):
     _, contrast = run_steps(5, **options)
-    values, classes = queries(dist.rank())
-    losses = contrast(values, classes, TEMPERATURE)
+    values, *asked = queries(dist.rank())
+    losses = contrast(values, *asked, TEMPERATURE)
     losses.square().sum().backward()
     return losses.detach(), values.grad
 
@@ -85,9 +90,12 @@ def test_contrast_equals_loops_at_any_number_of_workers(world_size, table, proce
     assert sizes[3] == 0 and 0 < len(rows) < len(bank.rows)
     results = process_pool(world_size).run(_worker, {"table": table})
     for rank, (found, gradient) in enumerate(results):
-        values, classes = queries(rank)
+        values, *asked = queries(rank)
         losses = torch.stack(
-            [nce_by_loops(q, c, rows, row_classes) for q, c in zip(values, classes)]
+            [
+                sum(w * nce_by_loops(q, c, rows, row_classes) for c, w in zip(classes, weights))
+                for q, classes, weights in zip(values, *asked)
+            ]
             or [values.sum()]
         )[: len(values)]
         losses.square().sum().backward()
@@ -104,7 +112,7 @@ def _empty_rank():
         bank.propose(ids, torch.eye(3, DIM), Clock(0))
     bank.commit(Clock(0))
     values = torch.ones(2, DIM, requires_grad=True)
-    losses = contrast(values, np.zeros(2, int), TEMPERATURE)
+    losses = contrast(values, np.zeros((2, 1), int), np.ones((2, 1)), TEMPERATURE)
     losses.sum().backward()
     return len(bank.owned), losses.detach(), values.grad
 
@@ -129,14 +137,21 @@ def test_a_class_that_never_passed_the_gate_costs_nothing():
     assert bank.per_class().rows.tolist() == [20, 0, 0, 0, 0, 0, 0]
     assert bank.summary(1)["coverage"] == pytest.approx(1 / 6)
     values = torch.randn(3, DIM, requires_grad=True)
-    losses = contrast(values, np.array([1, 3, 0]), TEMPERATURE)
+    losses = contrast(values, np.array([[1], [3], [0]]), np.ones((3, 1)), TEMPERATURE)
     losses.sum().backward()
     assert losses.tolist() == [0, 0, 0] and torch.isfinite(values.grad).all()
 
 
 def test_many_queries_go_in_chunks(monkeypatch):
     bank, contrast = run_steps(3)
-    values, classes = queries(0)
-    whole = contrast(values, classes, TEMPERATURE)
+    whole = contrast(*queries(0), TEMPERATURE)
     monkeypatch.setattr(contrast_module, "SCORES_PER_CHUNK", 2 * len(bank.layout))
-    torch.testing.assert_close(contrast(values, classes, TEMPERATURE), whole)
+    torch.testing.assert_close(contrast(*queries(0), TEMPERATURE), whole)
+
+
+def test_a_mixture_is_two_products_with_the_memory():
+    bank, contrast = run_steps(3)
+    values, *asked = queries(0)
+    with FlopCounterMode(display=False) as counter:
+        contrast(values, *asked, TEMPERATURE).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * len(values) * len(bank.rows) * DIM

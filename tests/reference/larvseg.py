@@ -116,6 +116,30 @@ def weak_losses(
     return torch.stack(cls_losses).mean(), torch.stack(aux_losses).mean()
 
 
+def high_score_loss(
+    x_BLD: Tensor,
+    weight_ND: Tensor,
+    gamma: Tensor,
+    labels: list[list[int]],
+    valid_BHW: Tensor,
+    low_size: tuple[int, int],
+) -> Tensor:
+    """L_aux (unweighted) of Table 5's single-image design: the mean logits of the pixels whose
+    cosine to the label exceeds the mean of the image's pixels by their standard deviation.
+    """
+    size, losses = tuple(valid_BHW.shape[1:]), []
+    for x_LD, image_labels, valid_HW in zip(x_BLD, labels, valid_BHW):
+        cosine_LN, z_LN = normalised_logits(x_LD, weight_ND, gamma)
+        z_NHW = _enlarged(z_LN, low_size, size)
+        for label in image_labels:
+            score_HW = _enlarged(cosine_LN[:, [label]], low_size, size)[0]
+            known = score_HW[valid_HW]
+            chosen_HW = valid_HW & (score_HW > known.mean() + known.std(correction=0))
+            others = [other for other in image_labels if other != label]
+            losses.append(_loss_without(z_NHW[:, chosen_HW].mean(dim=1), label, others))
+    return torch.stack(losses).mean()
+
+
 def top_pixels(x_LD: Tensor, cosine_L: Tensor, valid_L: Tensor, top_k: int) -> Tensor:
     """The features [<= K, D] of the valid positions with the highest cosine to the class."""
     order = cosine_L[valid_L].argsort(descending=True)[:top_k]

@@ -14,7 +14,9 @@ import torch
 from train.shards import larvseg_config, write_squares
 
 from memseg_dist import dist
+from memseg_dist.assemble import build_label_space
 from memseg_dist.config import EngineConfig, RunConfig, from_json, to_json
+from memseg_dist.data.source import Source
 from memseg_dist.methods.larvseg.method import LarvSeg
 from memseg_dist.platforms.on_deepspeed import DeepSpeedEngine
 from memseg_dist.tools.pictures.draw import draw_validation
@@ -102,6 +104,24 @@ def losses(config) -> dict[int, dict[str, float]]:
         for line in history(config)
         if "loss" in line
     }
+
+
+def test_a_source_without_slots_gives_only_its_classes(data, tmp_path):
+    """Its shards are not even there; the run is the one without it."""
+    changes = {"validation": None, "engine": EngineConfig("torch"), "steps": 2}
+    config = larvseg_config(data, tmp_path / "alone", **changes)
+    (tmp_path / "idle").mkdir()
+    (tmp_path / "idle" / "vocabulary.json").write_bytes(
+        (data / "val" / "vocabulary.json").read_bytes()
+    )
+    idle = Source("idle", str(tmp_path / "idle"), "masks", slots=0)
+    sources = (idle, *config.sources)
+    more = larvseg_config(data, tmp_path / "more", **changes, sources=sources)
+    assert run(to_json(more))[1:] == run(to_json(config))[1:]
+    assert losses(more) == losses(config)
+    assert build_label_space(more).classes("idle").tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"sources is \['idle'\]; it must be at least one"):
+        dataclasses.replace(more, sources=(idle,))
 
 
 def all_keys(results) -> dict:

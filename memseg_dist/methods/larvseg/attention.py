@@ -160,6 +160,17 @@ def attention_map(
     return torch.sigmoid(upsample(normed_RL.unflatten(1, tuple(low_size)), size))
 
 
+def high_scores(score_RL: Tensor, valid_RHW: Tensor, low_size: Sequence[int]) -> Tensor:
+    """Table 5's regions [R, H, W]: 1 where the enlarged score exceeds its mean by its standard
+    deviation, both over the pixels that are image; else 0.
+    """
+    score_RHW = upsample(score_RL.unflatten(1, tuple(low_size)), valid_RHW.shape[1:])
+    share_RHW = valid_RHW / valid_RHW.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+    centred_RHW = score_RHW - (score_RHW * share_RHW).sum(dim=(1, 2), keepdim=True)
+    variance_R11 = (centred_RHW.square() * share_RHW).sum(dim=(1, 2), keepdim=True)
+    return (centred_RHW > variance_R11.sqrt()).to(score_RHW.dtype)
+
+
 def _centred_unit(map_BLn: Tensor, valid_BL1: Tensor) -> Tensor:
     """Centred over valid positions, of unit length; NaN (never background) if constant."""
     weight_BL1 = valid_BL1.to(map_BLn.dtype)

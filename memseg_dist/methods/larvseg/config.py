@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from memseg_dist.checks import require
 from memseg_dist.memory.layouts import TableKind
 from memseg_dist.methods.larvseg.attention import BackgroundReduction
 from memseg_dist.methods.method import Method, MethodConfig
@@ -21,13 +22,16 @@ class LarvSegConfig(MethodConfig):
 
     kind: Literal["larvseg"] = "larvseg"
     attention: Literal["cross_image", "single_image", "off"] = "cross_image"
-    """Where L_aux looks: by the memory, by the image's own best pixels (Table 5), or no L_aux."""
+    """Where L_aux looks: by the memory, at the image's pixels of high score by the classifier
+    (Table 5), or no L_aux."""
     cls_weight: float = 0.1
     """lambda_cls."""
     aux_weight: float = 0.1
     """lambda_aux."""
     source_weights: Mapping[str, float] = field(default_factory=dict)
-    """Factor on all losses of a source, by its name; 1 where not given."""
+    """Factor on one loss of a source, by SOURCE/LOSS as the figures name it ("weak_ade/aux"), or on
+    all losses of a source, by its name; 1 where not given. A source whose "aux" is 0 does not feed
+    the memory either (Table 4)."""
     capacity: int = 20
     """M: events that the memory keeps per class."""
     top_k: int = 20
@@ -79,6 +83,14 @@ class LarvSegConfig(MethodConfig):
             num_slots=setup.num_slots,
             device=setup.device,
         )
+
+    def check(self, setup: Setup) -> None:
+        names = [source.name for source in setup.sources]
+        known = {*names, *(f"{name}/{loss}" for name in names for loss in ("seg", "cls", "aux"))}
+        for key, weight in self.source_weights.items():
+            wanted = f"a source of {names}, or SOURCE/seg, SOURCE/cls or SOURCE/aux"
+            require(key in known, "a key of method.source_weights", key, wanted)
+            require(weight >= 0, f"method.source_weights of {key}", weight, "0 or more")
 
     def smoke(self) -> LarvSegConfig:
         """A class is warm after its first event, so that four steps reach L_aux."""

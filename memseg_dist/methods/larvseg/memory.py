@@ -54,12 +54,14 @@ class PixelMemory:
         )
         self.read = ClassMeans(self.rows)
 
-    def propose(self, pairs: LabelPairs, event_RD: Tensor, clock: Clock) -> None:
-        """The slot's events, but those of the classes that are not to be remembered."""
+    def propose(self, pairs: LabelPairs, event_RD: Tensor, is_seen_R: Tensor, clock: Clock) -> None:
+        """The slot's events, but those of the classes that are not to be remembered, and of images
+        of which nothing is seen.
+        """
         kept = np.flatnonzero(self._is_kept[pairs.class_ids])
         (index,) = onto_device(event_RD.device, kept)
         ids = pairs.class_ids[kept] + self._first_ring(clock)
-        self.rows.propose(ids, event_RD[index], clock)
+        self.rows.propose(ids, event_RD[index], clock, weight=is_seen_R[index])
 
     def look_up(self, class_ids: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
         """Mean [..., D] of each class as of the last commit, and whether it is warm [...]."""

@@ -22,7 +22,8 @@ Where the paper is silent or differs from its code, the decision, and the flag o
 10  classes that share a name are one column of the softmax                    `keep_duplicates`
 11  padding takes no part in pooling, top-K and z-score                        `mask_padding`
 12  a cold class (fewer than `warm_up` events) is no background               `skip_cold_background`
-13  attention from the memory, not from the image's own best pixels            `attention`
+13  Table 5's single-image design: the mean of z over the pixels whose cosine   `attention`
+    exceeds the image's mean by a standard deviation
 14  all labels of a step see the memory as of the last commit (the code: label after label)
 
 No loss keeps anything of shape [pixels, classes]: see `classifier` and `losses`. The tests compare
@@ -92,7 +93,7 @@ class LarvSeg(Method):
             if config.keep_duplicates and np.max(counts, initial=1) > 1:
                 self.multiplicity[name] = torch.as_tensor(counts, device=device)
         self.memory: PixelMemory | None = None
-        if config.attention != "off":
+        if config.attention == "cross_image":
             self.memory = PixelMemory(
                 config,
                 classifier.num_classes,
@@ -114,8 +115,11 @@ class LarvSeg(Method):
         slot = SlotFeatures(batch, clock, low_size, x_BLD, u_BLD, weight_ND)
         is_masked = batch.supervision == "masks"
         losses = {"seg": self._seg_loss(slot)} if is_masked else self._weak_losses(slot)
-        factor = self.config.source_weights.get(batch.source, 1.0)
-        return {name: factor * loss for name, loss in losses.items()}
+        return {name: self._factor(batch.source, name) * loss for name, loss in losses.items()}
+
+    def _factor(self, source: str, loss: str) -> float:
+        weights = self.config.source_weights
+        return weights.get(source, 1.0) * weights.get(f"{source}/{loss}", 1.0)
 
     def _scaled(self, x: Tensor, weight_ND: Tensor, source: str = "") -> Tensor:
         """u with logit_pk = u_p . w_k, up to a shift of the pixel that no softmax sees."""
@@ -156,33 +160,42 @@ class LarvSeg(Method):
             torch.ones_like(valid_RHW), valid_RHW, slot.low_size, by_attention=False
         )
         losses = {"cls": config.cls_weight * image_loss(everywhere_RL).sum() / num_pairs}
-        if self.memory is None:
+        if config.attention == "off" or self._factor(batch.source, "aux") == 0:
             return losses
         with torch.no_grad():
-            contrast_RL, is_warm_R = self._contrast(slot, pairs, others, valid_BL)  # Eq. 3
-            attention_RHW = attention.attention_map(  # Eq. 4
-                contrast_RL, valid_BL[pairs.image], slot.low_size, valid_RHW.shape[1:]
-            )
+            score_RL = attention.pair_scores(slot.x_BLD, slot.weight_ND[pairs.column], pairs.image)
+            if self.memory is None:  # Table 5
+                attention_RHW = attention.high_scores(score_RL, valid_RHW, slot.low_size)
+                by_attention, counts_R = True, torch.ones_like(pairs.image)
+            else:
+                contrast_RL, counts_R = self._contrast(slot, pairs, others, valid_BL, score_RL)
+                attention_RHW = attention.attention_map(  # Eq. 4
+                    contrast_RL, valid_BL[pairs.image], slot.low_size, valid_RHW.shape[1:]
+                )
+                by_attention = config.pool_by_attention
             there_RL = pooling_weights(
-                attention_RHW, valid_RHW, slot.low_size, by_attention=config.pool_by_attention
+                attention_RHW, valid_RHW, slot.low_size, by_attention=by_attention
             )
         aux_R = image_loss(there_RL, config.temperature)  # Eq. 5
-        return losses | {"aux": config.aux_weight * (aux_R * is_warm_R).sum() / num_pairs}
+        return losses | {"aux": config.aux_weight * (aux_R * counts_R).sum() / num_pairs}
 
     def _contrast(
-        self, slot: SlotFeatures, pairs: LabelPairs, others: attention.OtherLabels, valid_BL: Tensor
+        self,
+        slot: SlotFeatures,
+        pairs: LabelPairs,
+        others: attention.OtherLabels,
+        valid_BL: Tensor,
+        peak_RL: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """S_fg - S_bg [R, L] (Eq. 3, 4), which pairs are warm [R]; proposes the slot's events."""
+        """S_fg - S_bg [R, L] (Eq. 3, 4), which pairs are warm [R]; proposes the slot's events.
+
+        peak: the classifier's cosines, whose top K make an event.
+        """
         assert self.memory is not None
-        config, x_BLD = self.config, slot.x_BLD
-        peak_RL = attention.pair_scores(x_BLD, slot.weight_ND[pairs.column], pairs.image)
-        event_RD = attention.top_pixel_mean(
-            peak_RL, valid_BL[pairs.image], x_BLD, pairs.image, config.top_k
-        )
-        self.memory.propose(pairs, event_RD, slot.clock)
+        config, x_BLD, valid_RL = self.config, slot.x_BLD, valid_BL[pairs.image]
+        event_RD = attention.top_pixel_mean(peak_RL, valid_RL, x_BLD, pairs.image, config.top_k)
+        self.memory.propose(pairs, event_RD, valid_RL.any(dim=1), slot.clock)
         mean_RD, is_warm_R = self.memory.look_up(pairs.class_id, slot.clock)
-        if config.attention == "single_image":
-            mean_RD, is_warm_R = event_RD, torch.ones_like(is_warm_R)
         score_RL = attention.pair_scores(x_BLD, mean_RD, pairs.image)
         is_background_RR = others.is_other
         if config.skip_cold_background:

@@ -78,10 +78,10 @@ def predicted_maps(
     scales: Sequence[float],
     flip: bool,
 ) -> Activation:
-    """Class activation maps at several scales, as EPS makes them: float32 [n, H, W] in 0..1.
+    """Class activation maps at several scales, added up as EPS does: float32 [n, H, W] in 0..1.
 
-    image: uint8 [3, H, W]. At each scale of the image, mirrored too if `flip`, a class's map is
-    relu(logits) over its maximum; the maps are enlarged, added up and divided by their maximum.
+    image: uint8 [3, H, W]. At each scale of the image, mirrored too if `flip`, a class's map is its
+    `activations` over their maximum; the maps are enlarged, added up and divided by their maximum.
     """
     height, width = image.shape[-2:]
     total = torch.zeros(len(classes), height, width)
@@ -94,7 +94,7 @@ def predicted_maps(
             size = scaled_size(height, width, scale)
             small = resize_image(image, size).to(device)
             views = torch.stack([small, small.flip(-1)] if flip else [small])
-            maps = _by_maximum(method.predict(views, ids).dense().float().relu())
+            maps = _by_maximum(method.activations(views, ids).float())
             for number, low in enumerate(maps):
                 up = upsample_positions(low, size)
                 up = up.flip(-1) if number else up  # after padding is cut off, so halves meet

@@ -36,8 +36,8 @@ class RCAConfig(MethodConfig):
     attention_temperature: float = 0.07
     """Of the attention with scale "cosine"."""
     saliency_weight: float = 0.0
-    """Of the saliency-supervised loss of EPS on O; above 0 both maps get a background channel, and
-    every source needs `saliency`."""
+    """Of the saliency-supervised loss of EPS on O; above 0 O gets a background channel, its maps
+    are a softmax over L + 1 channels, and every source needs `saliency`."""
     saliency_overlap: float = 0.4
     """EPS: a class whose map overlaps less with the saliency is on the background's side."""
     saliency_foreground: float = 0.5

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from memseg_dist.batch import Batch, Clock, derive_seed
@@ -90,22 +89,15 @@ class RegionContrast:
         own = np.flatnonzero(is_own_G)
         involved = np.flatnonzero(~is_own_G & is_own_G[plan.partner])
         chosen = np.concatenate([own, involved])
-        partner, omega, weight = plan.partner[chosen], plan.omega[chosen], step.weight[chosen]
+        pair = np.stack([chosen, plan.partner[chosen]], axis=1)
+        omega = plan.omega[chosen]
+        share = np.stack([omega, 1 - omega], axis=1)  # an unmixed region is its own partner
 
-        device, dtype = query_RD.device, query_RD.dtype
-        own_index, first, second, share = onto_device(device, own, chosen, partner, omega)
+        own_index, pair_index, shares = onto_device(query_RD.device, own, pair, share)
         vectors_GD = step.vectors_GD.index_copy(0, own_index, query_RD)
-        share = share.to(dtype)[:, None]
-        mixed = share * vectors_GD[first] + (1 - share) * vectors_GD[second]  # Eq. 5
-        if self.config.mixup:
-            classes = step.class_id[np.concatenate([chosen, partner])]
-            nce = self._rows(torch.cat([mixed, mixed]), classes, self.config.temperature)  # Eq. 4
-            (weights,) = onto_device(device, np.stack([weight * omega, weight * (1 - omega)]))
-            loss = (nce.unflatten(0, (2, -1)) * weights.to(nce.dtype)).sum(dim=0)  # Eq. 6
-        else:
-            nce = self._rows(mixed, step.class_id[chosen], self.config.temperature)
-            (weights,) = onto_device(device, weight)
-            loss = nce * weights.to(nce.dtype)
+        mixed = (shares.to(query_RD.dtype)[:, :, None] * vectors_GD[pair_index]).sum(dim=1)  # Eq. 5
+        weights = step.weight[chosen][:, None] * share
+        loss = self._rows(mixed, step.class_id[pair], weights, self.config.temperature)  # Eq. 4, 6
         mine, others = loss[: len(own)].sum(), loss[len(own) :].sum()
         return self.config.contrast_weight * (mine + others - others.detach())
 

@@ -27,7 +27,7 @@ maps, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,6 +80,23 @@ class FusionConfig:
                 "min_foreground",
             ),
         )  # fmt: skip
+
+
+RULES: Mapping[str, FusionConfig] = {
+    "rca": FusionConfig(),
+    "oaa": FusionConfig(zero_below=0.3, use_crf=False),
+    "eps": FusionConfig(
+        background_power=None,
+        background_score=0.2,
+        use_crf=False,
+        conflict=None,
+        salient=None,
+        confident=None,
+        min_foreground=0,
+    ),
+}
+"""By whose label script. OAA+: no CRF, and class scores below 0.3 do not count. EPS: a class
+wherever one scores above 0.2, no CRF, nothing unknown, and no saliency map is given."""
 
 
 class Fused(NamedTuple):

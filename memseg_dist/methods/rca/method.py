@@ -7,7 +7,9 @@ what the region of each class looked like in every image; regions are contrasted
     L = alpha_1 L_RM-NCE + alpha_2 BCE(GAP(P), y) + BCE(GAP(O), y)                        (Eq. 11)
 
 The baselines are the same class: OAA is `contrast_weight=0, aggregation="off"`; EPS adds
-`saliency_weight=1`.
+`saliency_weight=1`. The paper does not say how it stands on EPS. Here O then has L + 1 channels,
+the background the last, and its maps are what EPS supervises: a softmax over all L + 1, not
+relu(O). P, which no saliency teaches, keeps L channels.
 
 Where the paper is silent or differs from its official code, the decision, and the flag that gives
 the other behaviour (`config.released()` sets them all as the code has them):
@@ -27,8 +29,8 @@ the other behaviour (`config.released()` sets them all as the code has them):
 13  an image without labels is a negative of every class; a blanked one counts for nothing
 14  memory and prototypes move after the step, for all slots at once (the code: within forward)
 
-Shape letters: B images of the slot, D channels, N = h w positions, L classes with a map, R
-(image, label) pairs of the slot, P prototypes.
+Shape letters: B images of the slot, D channels, N = h w positions, L classes with a map, M
+channels of O (L, or L + 1), R (image, label) pairs of the slot, P prototypes.
 """
 
 from __future__ import annotations
@@ -112,30 +114,34 @@ class RCA(Method):
         (features,) = self.backbone(batch.images, batch.valid)
         valid_BN = valid_positions(batch.valid, features.shape[-2:], self.stride)
         embedded = net.reduce(features)
-        p_BLhw, o_BLhw = net.cam(features), net.final(features, embedded)  # Eq. 1; Eq. 7 - 10
+        p_BLhw, o_BMhw = net.cam(features), net.final(features, embedded)  # Eq. 1; Eq. 7 - 10
         p_BL = masked_mean(p_BLhw.flatten(2), valid_BN)
-        o_BL = masked_mean(o_BLhw.flatten(2), valid_BN)
-        target_BL = label_targets(batch, self._column, o_BL[:, : len(self.class_ids)])
+        o_BL = masked_mean(o_BMhw[:, : p_BL.shape[1]].flatten(2), valid_BN)
+        target_BL = label_targets(batch, self._column, p_BL)
         losses = self._label_losses(batch, target_BL, p_BL, o_BL)  # Eq. 11
         if config.saliency_weight > 0:
             losses["saliency"] = config.saliency_weight * saliency_loss(
-                o_BLhw,
+                o_BMhw,
                 target_BL.bool(),
                 batch.saliency,
                 tau=config.saliency_overlap,
                 foreground_weight=config.saliency_foreground,
             )
-        score_BL = o_BL.sigmoid()
+        # a crop without a position that is image passes no gate
+        is_blank_B1 = ~valid_BN.any(dim=1, keepdim=True)
+        score_BL = o_BL.sigmoid().masked_fill(is_blank_B1, -torch.inf)
         if self.accumulated is not None and clock.step >= self.epoch_steps:
-            is_valid_B1hw = valid_BN.view_as(o_BLhw[:, :1])
-            map_Rhw = (o_BLhw.detach().relu() * is_valid_B1hw)[pairs.image, pairs.column]
+            is_valid_B1hw = valid_BN.view_as(o_BMhw[:, :1])
+            map_BLhw = net.activated(o_BMhw.detach()) * is_valid_B1hw
+            map_Rhw = map_BLhw[pairs.image, pairs.column]
             score_R = score_BL[pairs.image, pairs.column]
             self.accumulated.propose(batch, pairs, map_Rhw, self.stride, score_R, clock)
         if self.memory is None or self.contrast is None:
             return losses
         mask_RN = self._masks(p_BLhw, valid_BN, pairs)
         region_RD = region_means(embedded.flatten(2), mask_RN, pairs.image)  # Eq. 2
-        score_BL = p_BL if config.gate_by == "intermediate" else score_BL
+        if config.gate_by == "intermediate":
+            score_BL = p_BL.masked_fill(is_blank_B1, -torch.inf)
         is_sure_R = score_BL[pairs.image, pairs.column] > config.gate
         ids_R2 = np.stack([pairs.class_ids, image_ids(batch, pairs)], axis=1)
         ids = ids_R2[:, : self.memory.layout.num_ids]
@@ -211,14 +217,24 @@ class RCA(Method):
 
     def predict(self, images: Tensor, classes: Tensor) -> Prediction:
         """O of Eq. 10. ValueError for a class that no source labels: it has no map."""
+        column = self._map_column(classes)
+        (features,) = self.backbone(images)
+        return self.net.prediction(features, column)
+
+    def activations(self, images: Tensor, classes: Tensor) -> Tensor:
+        """The maps of O, whose channels share a softmax with EPS. ValueError as `predict`."""
+        column = self._map_column(classes)
+        (features,) = self.backbone(images)
+        return self.net.activated(self.net.final(features, self.net.reduce(features)))[:, column]
+
+    def _map_column(self, classes: Tensor) -> Tensor:
         column = torch.from_numpy(self._column).to(classes.device)[classes]
         if bool((column < 0).any()):
             raise ValueError(
                 f"class ids {classes[column < 0].tolist()[:8]} have no activation map: no source "
                 "labels them; leave them out (validation.exclude)"
             )
-        (features,) = self.backbone(images)
-        return self.net.prediction(features, column)
+        return column
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The network of RCA above its backbone: maps P, aggregation of prototypes, maps O (Eq. 1, 7 - 10).
 
-Shape letters: B images, D channels, h x w positions, L classes with a map (one more with saliency:
-the background), P prototypes.
+Shape letters: B images, D channels, h x w positions, L classes with a map, M channels of O (L, or
+with saliency one more: the background, the last), P prototypes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Network(nn.Module):
         self.config = config
         self.dim = dim = config.reduce_to or in_dim
         self.reduce = nn.Conv2d(in_dim, dim, 1) if config.reduce_to else nn.Identity()
-        num_maps = len(class_ids) + (config.saliency_weight > 0)
-        self.cam = Cam(in_dim, num_maps, config.head, config.head_width)
+        self.cam = Cam(in_dim, len(class_ids), config.head, config.head_width)
         self.attention = PrototypeAttention(config.attention_scale, config.attention_temperature)
         self.linear = LinearAggregation(dim) if config.aggregation == "linear" else None
         final_dim = {"attention": in_dim + dim, "linear": dim, "off": in_dim}[config.aggregation]
-        self.final_cam = Cam(final_dim, num_maps, config.final_head, config.head_width)
+        num_channels = len(class_ids) + (config.saliency_weight > 0)
+        self.final_cam = Cam(final_dim, num_channels, config.final_head, config.head_width)
         self.project = _projector(dim) if config.projector else nn.Identity()
         # there are none before the first clustering; the code starts from noise
         reads_noise = config.noise and config.aggregation != "off"
@@ -46,8 +46,14 @@ class Network(nn.Module):
         self.prototypes = Prototypes(vectors, classes, torch.zeros_like(classes))
 
     def final(self, features: Tensor, embedded: Tensor) -> Tensor:
-        """O [B, L, h, w], Eq. 10. embedded: `reduce(features)`, here and below."""
+        """O [B, M, h, w], Eq. 10. embedded: `reduce(features)`, here and below."""
         return self.final_cam(self.aggregated(features, embedded))
+
+    def activated(self, o_BMhw: Tensor) -> Tensor:
+        """O as class activation maps [B, L, h, w] of 0 or more: relu, and with EPS its shares."""
+        if self.config.saliency_weight > 0:
+            return o_BMhw.softmax(dim=1)[:, :-1]
+        return o_BMhw.relu()
 
     def prediction(self, features: Tensor, columns_K: Tensor) -> Prediction:
         """O of some of the classes."""
@@ -69,8 +75,8 @@ class Network(nn.Module):
         """
         rows, embedded = torch.arange(len(features), device=features.device), self.reduce(features)
         shown = {
-            "P": self.cam(features)[rows, column],
-            "O": self.final(features, embedded)[rows, column],
+            "P": self.cam(features).relu()[rows, column],
+            "O": self.activated(self.final(features, embedded))[rows, column],
         }
         if self.config.aggregation == "attention" and len(self.prototypes):
             affinity_BPhw = self.attention.affinity(embedded, self.prototypes.vectors)
@@ -83,7 +89,6 @@ class Network(nn.Module):
 
 
 def _over_maximum(map_Bhw: Tensor) -> Tensor:
-    map_Bhw = map_Bhw.relu()
     return map_Bhw / map_Bhw.amax(dim=(1, 2), keepdim=True).clamp_min(1e-5)
 
 

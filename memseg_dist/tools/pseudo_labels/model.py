@@ -21,7 +21,7 @@ class CheckpointModel:
 
     def __init__(self, checkpoint: Checkpoint, device: str | None) -> None:
         self.checkpoint, self.path = checkpoint, checkpoint.path
-        self.label_space, sources = checkpoint.label_space, checkpoint.config.sources
+        self.label_space, sources = checkpoint.label_space, checkpoint.config.active_sources
         self.trained = supervised_ids(sources, self.label_space, "masks", "labels")
         self._device = device
 

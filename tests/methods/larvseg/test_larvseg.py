@@ -10,9 +10,11 @@ from methods.patches import Patches
 from reference import larvseg as reference
 
 from memseg_dist.batch import IGNORE, Batch, Clock
+from memseg_dist.data.source import Source
 from memseg_dist.methods.larvseg.classifier import CosineClassifier
 from memseg_dist.methods.larvseg.config import LarvSegConfig
 from memseg_dist.methods.larvseg.method import LarvSeg
+from memseg_dist.methods.setup import Setup
 
 NUM_CLASSES, DIM, SIZE, GRID = 9, 12, 64, 8
 SETTINGS = LarvSegConfig(
@@ -123,6 +125,44 @@ def test_cold_memory_gives_no_auxiliary_loss_and_the_baseline_has_none():
     assert baseline.state() == {}
 
 
+def test_the_single_image_design_equals_the_long_computation():
+    method = build(dataclasses.replace(SETTINGS, attention="single_image"), torch.float64)
+    assert method.state() == {}
+    weak = weak_batch(3)
+    x = method.classifier.embed(*method.backbone(weak.images))
+    expected = reference.high_score_loss(
+        x, method.classifier.class_weights(torch.arange(NUM_CLASSES)), method.classifier.gamma,
+        [list(ids) for ids in weak.labels], weak.valid[:, ::2, ::2], (GRID, GRID),
+    )  # fmt: skip
+    got = method(weak, Clock(0))["aux"]
+    torch.testing.assert_close(got, expected)
+    parameters = list(method.classifier.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters)
+    )
+
+
+def test_a_source_without_l_aux_feeds_no_memory_and_unknown_weights_are_named():
+    weights = {"weak/aux": 0.0, "weak/cls": 3.0, "masks": 0.5, "masks/seg": 4.0}
+    method, plain = build(dataclasses.replace(SETTINGS, source_weights=weights)), build()
+    losses, masks = method(weak_batch(0), Clock(0)), batch("masks", [()], 0)
+    torch.testing.assert_close(losses, {"cls": 3 * plain(weak_batch(0), Clock(0))["cls"]})
+    method.after_step(Clock(0))
+    assert method.memory.read.counts.sum() == 0
+    assert method(masks, Clock(0))["seg"] == 2 * plain(masks, Clock(0))["seg"]
+    setup = Setup((Source("weak", "shards", "labels"),), None, None)
+    dataclasses.replace(SETTINGS, source_weights={"weak": 1.0, "weak/aux": 0.0}).check(setup)
+    for weights, message in (
+        (
+            {"weak/ax": 1.0},
+            r"is 'weak/ax'; it must be a source of \['weak'\], or SOURCE",
+        ),
+        ({"weak": -1.0}, r"method.source_weights of weak is -1.0; it must be 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(SETTINGS, source_weights=weights).check(setup)
+
+
 def warmed(config=SETTINGS, num_steps=8, **options) -> LarvSeg:
     method = build(config, **options)
     for step in range(num_steps):
@@ -228,6 +268,15 @@ def test_image_without_labels_costs_nothing_and_does_not_break():
     total = sum(losses.values())
     total.backward()
     assert total.item() == 0
+
+
+def test_a_crop_without_a_position_that_is_image_is_no_event():
+    one, method = batch("labels", [[3], [5]], 0), build()
+    one.valid[0] = torch.arange(SIZE) % (SIZE // GRID) == 0  # some pixels of every position
+    sum(method(one, Clock(0)).values()).backward()
+    method.after_step(Clock(0))
+    assert method.memory.read.counts.nonzero().tolist() == [[5]]
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
 
 
 def test_a_label_outside_the_sources_vocabulary_is_named():

@@ -11,21 +11,7 @@ import torch.nn.functional as F
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.methods.rca.densecrf import dense_crf
-from memseg_dist.methods.rca.fusion import FusionConfig, fuse
-
-OAA_RULES = FusionConfig(zero_below=0.3, use_crf=False)
-"""As the label script of OAA+: no CRF, and class scores below 0.3 do not count."""
-
-EPS_RULES = FusionConfig(
-    background_power=None,
-    background_score=0.2,
-    use_crf=False,
-    conflict=None,
-    salient=None,
-    confident=None,
-    min_foreground=0,
-)
-"""As EPS labels its maps: a class wherever one scores above 0.20, no CRF, nothing unknown."""
+from memseg_dist.methods.rca.fusion import RULES, FusionConfig, fuse
 
 RCA = FusionConfig()
 PLAIN = FusionConfig(use_crf=False, conflict=None, salient=None, confident=None, min_foreground=0)
@@ -94,9 +80,7 @@ def slow_fuse(maps, class_ids, picture, saliency, config, background):
 
 
 CONFIGS = {
-    "rca": RCA,
-    "oaa": OAA_RULES,
-    "eps": EPS_RULES,
+    **RULES,
     "no crf": FusionConfig(use_crf=False),
     "loose": FusionConfig(use_crf=False, conflict=0.3, confident=0.2, background_power=0.5),
 }
@@ -184,13 +168,13 @@ def test_scores_below_a_threshold_do_not_count():
 
 
 def test_eps_takes_every_pixel_above_its_threshold():
-    labels, counts, _ = run([ramp()], (CAT,), EPS_RULES)
+    labels, counts, _ = run([ramp()], (CAT,), RULES["eps"])
     np.testing.assert_array_equal(labels == CAT, ramp() > np.float32(0.2))
     assert sum(counts.values()) == 0
 
 
 def test_an_image_without_classes_is_unknown():
-    labels, counts, _ = run(np.zeros((0, 4, 4), np.uint8), (), EPS_RULES)
+    labels, counts, _ = run(np.zeros((0, 4, 4), np.uint8), (), RULES["eps"])
     assert (labels == IGNORE).all()
     assert counts == {"without_classes": 720}
 

@@ -430,6 +430,17 @@ def test_an_image_without_labels_is_a_negative_and_a_blank_one_is_nothing():
     assert method(blank, Clock(5))["final"] == 0
 
 
+def test_a_crop_without_a_position_that_is_image_is_not_remembered():
+    config = dataclasses.replace(SETTINGS, gate=0.0, map_gate=0.0)
+    method, item = build(config), batch(EPOCH, 0)
+    item.valid[0] = torch.arange(SIZE) % (SIZE // GRID) == 0  # some pixels of every position
+    sum(method(item, Clock(EPOCH)).values()).backward()
+    method.after_step(Clock(EPOCH))
+    seen = [(label, image_id(item.keys[1])) for label in item.labels[1]]
+    for rows in method.state().values():
+        assert sorted(np.flatnonzero(rows.is_set)) == sorted(rows.layout.find(np.array(seen)))
+
+
 def test_eps_is_a_background_channel_and_a_saliency_loss():
     from memseg_dist.methods.rca.saliency_loss import saliency_loss
 
@@ -439,7 +450,8 @@ def test_eps_is_a_background_channel_and_a_saliency_loss():
     with pytest.raises(ValueError, match="the batch has no saliency maps"):
         method(item, Clock(0))
     saliency = torch.rand(2, SIZE, SIZE).masked_fill(~item.valid, -1)
-    losses = method(dataclasses.replace(item, saliency=saliency), Clock(0))
+    item = dataclasses.replace(item, saliency=saliency)
+    losses = method(item, Clock(0))
     (features,) = method.backbone(item.images)
     maps = method.net.final_cam(torch.cat([features, 0 * features], dim=1))
     assert maps.shape[1] == NUM_CLASSES + 1
@@ -449,6 +461,28 @@ def test_eps_is_a_background_channel_and_a_saliency_loss():
     torch.testing.assert_close(losses["saliency"], 2 * saliency_loss(maps, labels, saliency))
     predicted = method.predict(item.images, torch.tensor([0, 4])).dense()
     torch.testing.assert_close(predicted, maps[:, [0, 4]])
+
+
+def test_maps_of_eps_are_shares_of_all_classes_and_the_background():
+    config = dataclasses.replace(
+        SETTINGS, saliency_weight=1.0, contrast_weight=0.0, aggregation="off", map_gate=0.0
+    )
+    method = build(config)
+    item = batch(EPOCH, 0)
+    item, label = dataclasses.replace(item, saliency=torch.rand(2, SIZE, SIZE)), item.labels[1][0]
+    (features,) = method.backbone(item.images)
+    share = method.net.final_cam(features).softmax(dim=1)[:, label]
+    found = method.activations(item.images, torch.tensor([4, label]))[:, 1]
+    torch.testing.assert_close(found, share)
+    over_maximum = share / share.amax(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(method.maps(item.images, [label, label])["O"], over_maximum)
+    assert method.net.cam(features).shape[1] == NUM_CLASSES  # no saliency teaches P
+    method(item, Clock(EPOCH))
+    method.after_step(Clock(EPOCH))
+    store = method.accumulated.rows
+    kept = store.rows[store.layout.find(np.array([[label, image_id(item.keys[1])]]))][0]
+    expected = (255 * over_maximum[1].flip(1)).round().to(torch.uint8)  # the image was mirrored
+    torch.testing.assert_close(kept, expected, atol=1, rtol=0)
 
 
 def test_padding_that_fills_the_last_stride_is_no_image():
