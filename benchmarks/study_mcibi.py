@@ -14,33 +14,18 @@ figures in docs/results.md are of CamVid's 11 classes); --weights: tf_efficientn
 
 from __future__ import annotations
 
-import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from rich.console import Console
-from rich.table import Table
+from study_setup import LITE0, OPTIMIZER, ROOT, alone, slug
 
-from memseg_dist.config import (
-    EngineConfig,
-    Intervals,
-    LaunchConfig,
-    LoaderConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrackingConfig,
-)
+from memseg_dist.config import RunConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.launch import launch
-from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.tools import study as shared
-from memseg_dist.tools.study import Row, interval, mean_and_spread, paired, run_all
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "jobs"))
+from memseg_dist.tools.study import Row, run_all
 
 NO_RCL = {"consistency_weight": 0.0}
 RCL_FROM = {"consistency_epochs": 0.1}
@@ -93,9 +78,6 @@ COMPARED = {
 """Variant -> what it is compared with, and the paper's difference on ADE20K with ResNet-50."""
 
 
-ALONE = LaunchConfig("local", workers=1)
-
-
 @dataclass(frozen=True)
 class Study:
     """MCIBI, its baselines and its controls."""
@@ -135,7 +117,7 @@ def scenes_run(study: Study) -> RunConfig:
 
     run = stages(Options(data=str(study.data), backbone=str(study.backbone)))["train"]
     assert isinstance(run, RunConfig)
-    return replace(run, sources=(replace(run.sources[0], slots=1),), launch=ALONE)
+    return replace(run, sources=(replace(run.sources[0], slots=1),))
 
 
 def pictures_run(study: Study) -> RunConfig:
@@ -149,35 +131,19 @@ def pictures_run(study: Study) -> RunConfig:
     return replace(
         run,
         sources=(replace(run.sources[0], slots=1, augment=augment),),
-        launch=ALONE,
         method=replace(run.method, dim=64, rates=(3, 6, 9), stages=(2, 3), pixels="all"),
-        backbone=BackboneConfig(
-            "tf_efficientnet_lite0", str(study.weights), drop_path=0.0,
-            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-        ),
+        backbone=replace(LITE0, pretrained=str(study.weights)),
         validation=replace(run.validation, resize=(240, 180)),
-        optimizer=OptimizerConfig(
-            "adamw", lr=2e-3, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.3
-        ),
-    )  # fmt: skip
+        optimizer=OPTIMIZER,
+    )
 
 
 def train(study: Study, variant: str, seed: int) -> Row:
     """One run; mIoU in percent."""
     started = time.perf_counter()
     run = scenes_run(study) if study.pictures is None else pictures_run(study)
-    run = replace(
-        run,
-        name=f"{variant.replace(' + ', '_').replace(', ', '_').replace(' ', '_')}-seed{seed}",
-        storage=str(study.storage),
-        seed=seed,
-        method=replace(run.method, **study.known[variant]),
-        steps=study.steps,
-        engine=EngineConfig("torch"),
-        loader=LoaderConfig(processes=0, cache_dir=str(study.storage / "cache")),
-        tracking=TrackingConfig("none"),
-        every=Intervals(log=50, evaluate=study.steps, checkpoint=study.steps),
-    )
+    run = replace(run, method=replace(run.method, **study.known[variant]))
+    run = alone(run, study.storage, f"{slug(variant)}-seed{seed}", seed, study.steps)
     result = launch(run)
     seconds = time.perf_counter() - started
     return {"variant": variant, "seed": seed, "miou": result["val/miou_all"], "seconds": seconds}
@@ -195,26 +161,9 @@ def main(study: Study) -> None:
     todo = [(study, variant, seed) for seed in study.seeds for variant in names]
     file = study.storage / "results.jsonl"
     rows = run_all(train, todo, file, study.processes)
-    show([row for row in rows if row["seed"] in study.seeds], names, f"{kind}, {study.steps} steps")
-
-
-def show(rows: list[Row], names: tuple[str, ...], title: str) -> None:
-    scores = Table("variant", "runs", "mIoU", "s/run", title=f"MCIBI on {title}")
-    for name in names:
-        own = [row for row in rows if row["variant"] == name]
-        seconds = f"{statistics.mean(row['seconds'] for row in own):.0f}" if own else "-"
-        cells = [str(len(own)), mean_and_spread([row["miou"] for row in own]), seconds]
-        scores.add_row(name, *cells)
-    title = "Paired differences, mean and 95 % interval; * : excludes 0"
-    directions = Table("difference", "paper, ADE20K", "mIoU", title=title)
-    for variant, others in COMPARED.items():
-        for against, paper in others.items():
-            if {variant, against} <= set(names):
-                found = interval(paired(rows, variant, against, "miou"))
-                directions.add_row(f"{variant} - {against}", paper, found)
-    console = Console(width=130)
-    console.print(scores)
-    console.print(directions)
+    rows = [row for row in rows if row["seed"] in study.seeds]
+    title = f"MCIBI on {kind}, {study.steps} steps"
+    shared.show(rows, names, {"mIoU": "miou"}, COMPARED, title, "paper, ADE20K")
 
 
 if __name__ == "__main__":

@@ -1,188 +1,190 @@
-"""Which of RCA's directions show on the generated scenes: variants x seeds, paired by seed.
+"""Which of RCA's directions show: its parts and settings, by seed.
 
-    python benchmarks/study_rca.py --seeds 0 1 2 3 4
+    python benchmarks/study_rca.py --seeds 0 1 2 3 4                          # generated scenes
+    python benchmarks/study_rca.py --pictures SHARDS --weights WEIGHTS --seeds 0 1 2
 
 Each run trains the classifier on image labels (one process, one core), labels the training images
 and scores the pseudo masks, with the same fusion for every variant. A difference is given with its
 95 % interval (Student's t over the seeds' differences). What is done already is not done again.
+
+--pictures: SHARDS/{coco80/train,coco80/val,i21k_like}, made by the commands in docs/results.md;
+--weights: tf_efficientnet_lite0.
 """
 
 from __future__ import annotations
 
-import os
-import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
+from study_setup import LITE0, OPTIMIZER, ROOT, alone, slug
 
+from memseg_dist.config import RunConfig
+from memseg_dist.data.augment import AugmentConfig
+from memseg_dist.data.index import Index
+from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.launch import launch
+from memseg_dist.methods.rca.config import RCAConfig, released
+from memseg_dist.methods.rca.fusion import FusionConfig
+from memseg_dist.methods.rca.labeller import ActivationLabeller
+from memseg_dist.stages import LabelConfig
 from memseg_dist.tools import study as shared
-from memseg_dist.tools.study import interval, mean_and_spread, paired, run_all
+from memseg_dist.tools.pseudo_labels import label
+from memseg_dist.tools.splits import open_pool, write_splits
+from memseg_dist.tools.study import Row, run_all
 
-ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-VARIANTS: dict[str, dict] = {
+BARE = {"attention_scale": "raw"}
+PARTS: dict[str, dict] = {
     "baseline": {"contrast_weight": 0.0, "aggregation": "off"},
     "+ RSC": {"aggregation": "off"},
-    "+ RSA": {"contrast_weight": 0.0},
     "both": {},
+}
+SCENES: dict[str, dict] = PARTS | {
+    "+ RSA": {"contrast_weight": 0.0},
+    "+ RSA, no scale": {"contrast_weight": 0.0} | BARE,
+    "both, no scale": BARE,
     "no mixup": {"mixup": False},
     "gamma 0": {"momentum": 0.0},
     "gamma 0.9": {"momentum": 0.9},
     "K 1": {"num_prototypes": 1},
+    "K 1, no scale": {"num_prototypes": 1} | BARE,
     "K all": {"num_prototypes": None},
-    "alpha_1 0.01": {"contrast_weight": 0.01},
     "preset paper": {},
     "preset released": {},
 }
-"""Changes to `METHOD` of jobs/rca_scenes.py ("both"); the presets replace it, see `method_of`."""
-COMPARED = (
-    ("+ RSC", "baseline", "+1.3"),
-    ("+ RSA", "baseline", "+0.3"),
-    ("both", "baseline", "+3.2"),
-    ("both", "+ RSC", "+1.9"),
-    ("both", "no mixup", "+0.8"),
-    ("both", "gamma 0", "+1.5"),
-    ("both", "gamma 0.9", "+0.2"),
-    ("both", "K 1", "+1.0"),
-    ("both", "K all", "+1.4"),
-    ("both", "alpha_1 0.01", "?"),
-    ("preset paper", "preset released", "?"),
-)
-"""(variant, against, the paper's difference on VOC with VGG16: Table 1 and its ablations)."""
-MAPS = ("accumulated", "predicted")
-SCORES = (*MAPS, *(f"{maps}, unknown wrong" for maps in MAPS))
+"""Changes of the job's method ("both"); the presets replace it, see `method_of`."""
+COMPARED = {
+    "+ RSC": {"baseline": "+1.3"},
+    "+ RSA": {"baseline": "+0.3"},
+    "+ RSA, no scale": {"baseline": "+0.3", "+ RSA": ""},
+    "both": {
+        "baseline": "+3.2", "+ RSC": "+1.9", "both, no scale": "", "no mixup": "+0.8",
+        "gamma 0": "+1.5", "gamma 0.9": "+0.2", "K 1": "+1.0", "K all": "+1.4",
+    },
+    "both, no scale": {"baseline": "+3.2", "+ RSC": "+1.9", "K 1, no scale": "+1.0"},
+    "preset paper": {"preset released": ""},
+}  # fmt: skip
+"""Variant -> what it is compared with, and the paper's difference: Table 1 and its ablations."""
+MAPS = ("accumulated", "predicted", "intermediate")
+COLUMNS = {"O, accumulated": "accumulated", "O, predicted": "predicted", "P": "intermediate"}
+FILL = {"rows set": "memory/fill"}
 
 
 @dataclass(frozen=True)
 class Study:
-    """Variants of RCA on generated scenes."""
+    """Variants of RCA."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """One run of every variant for each."""
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which of the variants to run."""
+    variants: tuple[str, ...] = ()
+    """Which of the variants to run; all by default, of pictures baseline, RSC and both."""
+    steps: int = 480
+    """Of 16 pictures; the training scenes are 640."""
+    pictures: Path | None = None
+    """Folder of shards of real pictures, instead of generated scenes."""
+    weights: Path | None = None
+    """Weights of tf_efficientnet_lite0 for the real pictures."""
     data: Path = Path("data/scenes_study")
-    """Where the scenes are drawn: 12 objects, 640 training pictures."""
-    backbone: Path = Path("runs/demo/pretrain_scenes/backbone.safetensors")
-    """Weights of jobs/pretrain_scenes.py (`make demo` writes them here)."""
+    """Where the scenes are, or are drawn: 12 objects, 640 training pictures."""
+    backbone: Path = Path("runs/pretrain_scenes/backbone.safetensors")
+    """Weights of jobs/pretrain_scenes.py."""
     storage: Path = Path("runs/study_rca")
     """Where the runs and their figures go."""
-    epochs: int = 12
-    """Passes over the training pictures."""
     processes: int = 2
     """Runs at once, of one core each."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.variants) - set(VARIANTS))
+        if (self.pictures is None) != (self.weights is None):
+            raise ValueError("--pictures and --weights go together")
+        unknown = sorted(set(self.variants) - set(SCENES))
         if unknown:
-            raise ValueError(f"--variants {unknown}: choose of {list(VARIANTS)}")
+            raise ValueError(f"--variants {unknown}: choose of {list(SCENES)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.variants or tuple(SCENES if self.pictures is None else PARTS)
+
+    @property
+    def train_shards(self) -> str:
+        return f"{self.data}/train" if self.pictures is None else f"{self.pictures}/coco80/train"
 
 
-def method_of(variant: str):
-    """The variant's RCAConfig. The presets keep the paper's alpha_1 and gate."""
-    from memseg_dist.methods.rca.config import RCAConfig, released
-
-    _import_jobs()
-    from rca_scenes import METHOD
-
-    preset = RCAConfig(head_width=METHOD.head_width, map_size=METHOD.map_size)
+def method_of(variant: str, method: RCAConfig) -> RCAConfig:
+    """The variant's settings, of the job's. The presets keep the paper's alpha_1 and gate."""
+    preset = RCAConfig(head_width=method.head_width, map_size=method.map_size)
     if variant == "preset released":
         return released(preset)
-    return preset if variant == "preset paper" else replace(METHOD, **VARIANTS[variant])
+    return preset if variant == "preset paper" else replace(method, **SCENES[variant])
 
 
-def run(study: Study, variant: str, seed: int) -> dict:
-    """Train, label and score one run; figures as percent."""
-    from memseg_dist.config import (
-        EngineConfig,
-        Intervals,
-        LaunchConfig,
-        LoaderConfig,
-        TrackingConfig,
-    )
-    from memseg_dist.launch import launch
-    from memseg_dist.methods.rca.labeller import ActivationLabeller
-    from memseg_dist.stages import LabelConfig
-    from memseg_dist.tools.pseudo_labels import label
-
-    method = method_of(variant)
+def scenes_run(study: Study) -> tuple[RunConfig, FusionConfig]:
     from rca_scenes import FUSION, Options, stages
 
+    run = stages(Options(data=str(study.data), backbone=str(study.backbone)))["classifier"]
+    assert isinstance(run, RunConfig)
+    # one slot of all 16 pictures: on one process the global batch needs no preview
+    sources = (replace(run.sources[0], slots=1, batch_per_slot=16),)
+    return replace(run, sources=sources), FUSION
+
+
+def pictures_run(study: Study) -> tuple[RunConfig, FusionConfig]:
+    """Pictures of 128 pixels: 8 of COCO and 8 of single objects of its classes a step."""
+    from rca_folder import Options, stages
+
+    labels = (study.train_shards, f"{study.pictures}/i21k_like")
+    options = Options(labels=labels, val=f"{study.pictures}/coco80/val", crop=128)
+    run = stages(options)["classifier"]
+    assert isinstance(run, RunConfig)
+    whole = AugmentConfig((128, 128), (1.0, 1.0), 128, keep_ratio=False, photometric=False)
+    coco, objects = (replace(s, slots=1, batch_per_slot=8, augment=whole) for s in run.sources)
+    return replace(
+        run,
+        sources=(coco, replace(objects, split="coco80")),
+        method=replace(
+            run.method, reduce_to=None, contrast_weight=0.1, gate=0.5, head_width=64, map_size=16
+        ),
+        backbone=replace(LITE0, last_stage=3, output_stride=8, pretrained=str(study.weights)),
+        optimizer=OPTIMIZER,
+    ), FusionConfig()
+
+
+def train(study: Study, variant: str, seed: int) -> Row:
+    """Train, label and score one run; figures as percent."""
     started = time.perf_counter()
-    options = Options(data=str(study.data), backbone=str(study.backbone))
-    config = stages(options)["classifier"]
-    steps = study.epochs * 40
-    name = f"{variant.replace(' ', '_').replace('+', 'plus')}-seed{seed}"
-    config = replace(
-        config,
-        name=name,
-        storage=str(study.storage),
-        seed=seed,
-        # one slot of all 16 pictures: on one process the global batch needs no preview
-        sources=(replace(config.sources[0], slots=1, batch_per_slot=16),),
-        method=method,
-        validation=None,
-        steps=steps,
-        engine=EngineConfig("torch"),
-        launch=LaunchConfig("local", workers=1),
-        loader=LoaderConfig(processes=0, cache_dir=str(study.storage / "cache")),
-        tracking=TrackingConfig("none"),
-        every=Intervals(log=40, evaluate=steps, checkpoint=steps),
-    )
-    result = launch(config)
-    figures: dict = {"variant": variant, "seed": seed}
+    run, fusion = scenes_run(study) if study.pictures is None else pictures_run(study)
+    assert isinstance(run.method, RCAConfig)
+    run = replace(run, method=method_of(variant, run.method), validation=None)
+    run = alone(run, study.storage, f"{slug(variant)}-seed{seed}", seed, study.steps)
+    result = launch(run)
+    row: Row = {"variant": variant, "seed": seed}
     for maps in MAPS:
+        labeller = ActivationLabeller(maps=maps, scales=(1.0,), fusion=fusion)
         report = label(
             LabelConfig(
-                result["checkpoint"], f"{study.data}/train", f"{config.directory}/{maps}",
-                ActivationLabeller(maps=maps, scales=(1.0,), fusion=FUSION),
-                truth=f"{study.data}/train", workers=0, num_pictures=4,
+                result["checkpoint"], study.train_shards, f"{run.directory}/{maps}", labeller,
+                truth=study.train_shards, workers=0, num_pictures=8,
             )
         )  # fmt: skip
         assert report.scores is not None
-        figures[maps] = report.scores.excluded.miou()
-        figures[f"{maps}, unknown wrong"] = report.scores.wrong.miou()
-    fill = {key: value for key, value in result.items() if key.startswith("memory/")}
-    return figures | fill | {"seconds": time.perf_counter() - started}
-
-
-def main(study: Study) -> None:
-    prepare(study)
-    file = study.storage / f"results-{study.epochs}-epochs.jsonl"
-    todo = [(study, variant, seed) for seed in study.seeds for variant in study.variants]
-    done = run_all(run, todo, file, study.processes)
-    rows = [row for row in done if row["seed"] in study.seeds and row["variant"] in study.variants]
-    show(rows, study)
-
-
-def show(rows: list[dict], study: Study) -> None:
-    title = f"Pseudo masks of the training images, mIoU, {study.epochs} epochs"
-    scores = Table("variant", "runs", *SCORES, "rows set", "s/run", title=title)
-    for variant in study.variants:
-        own = [row for row in rows if row["variant"] == variant]
-        cells = [mean_and_spread([row[maps] for row in own]) for maps in SCORES]
-        fill = [100 * row["memory/fill"] for row in own if "memory/fill" in row]
-        filled = f"{statistics.mean(fill):.0f} %" if fill else "-"
-        seconds = f"{statistics.mean(row['seconds'] for row in own):.0f}" if own else "-"
-        scores.add_row(variant, str(len(own)), *cells, filled, seconds)
-    title = "Paired differences, mean and 95 % interval; * : excludes 0"
-    directions = Table("difference", "paper, VOC", *SCORES, title=title)
-    for variant, against, paper in COMPARED:
-        if {variant, against} <= set(study.variants):
-            cells = [interval(paired(rows, variant, against, maps)) for maps in SCORES]
-            directions.add_row(f"{variant} - {against}", paper, *cells)
-    console = Console(width=130)
-    console.print(scores)
-    console.print(directions)
+        row[maps] = report.scores.excluded.miou()
+        row[f"{maps}, unknown wrong"] = report.scores.wrong.miou()
+    fill = {key: 100 * value for key, value in result.items() if key == "memory/fill"}
+    return row | fill | {"seconds": time.perf_counter() - started}
 
 
 def prepare(study: Study) -> None:
-    """Scenes and backbone, where they are not there yet."""
+    """Scenes and backbone, where they are not there yet; the split of the single objects."""
+    if study.pictures is not None:
+        objects = str(study.pictures / "i21k_like")
+        known = Vocabulary.load(study.pictures / "coco80" / "val" / "vocabulary.json")
+        index = Index.open(objects)
+        pool = open_pool(index)
+        is_known = np.array([uid in known for uid in index.vocabulary.uids])
+        chosen = np.unique(pool.image[is_known[pool.label]])
+        write_splits(objects, {"coco80": [pool.keys[image] for image in chosen]}, overwrite=False)
+        return
     if not (study.data / "val" / "index.parquet").exists():
         shared.run(
             ROOT, "datasets/scenes_weak.py", "--root", study.data, "--num-objects", 12,
@@ -191,11 +193,19 @@ def prepare(study: Study) -> None:
     shared.prepare_backbone(ROOT, study.backbone)
 
 
-def _import_jobs() -> None:
-    import sys
-
-    if str(ROOT / "jobs") not in sys.path:
-        sys.path.insert(0, str(ROOT / "jobs"))
+def main(study: Study) -> None:
+    prepare(study)
+    kind = "scenes" if study.pictures is None else "pictures"
+    study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
+    inputs = ("data", "backbone") if study.pictures is None else ("pictures", "weights")
+    shared.check_inputs(study.storage, {name: getattr(study, name) for name in inputs})
+    todo = [(study, variant, seed) for seed in study.seeds for variant in study.names]
+    rows = run_all(train, todo, study.storage / "results.jsonl", study.processes)
+    rows = [row for row in rows if row["seed"] in study.seeds]
+    title = f"Pseudo masks of the training images, mIoU, {kind}, {study.steps} steps"
+    wrong = {f"{head}, unknown wrong": f"{key}, unknown wrong" for head, key in COLUMNS.items()}
+    shared.show(rows, study.names, COLUMNS | FILL, COMPARED, title, "paper, VOC")
+    shared.show(rows, study.names, wrong, COMPARED, f"{title}, unknown pixels wrong", "paper, VOC")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ figures in docs/results.md are of CamVid's 11 classes); --weights: tf_efficientn
 
 from __future__ import annotations
 
-import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,31 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.table import Table
+from study_setup import LITE0, OPTIMIZER, ROOT, alone, slug
 
-from memseg_dist.config import (
-    EngineConfig,
-    Intervals,
-    LaunchConfig,
-    LoaderConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrackingConfig,
-)
+from memseg_dist.config import RunConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.index import Index
 from memseg_dist.launch import launch
 from memseg_dist.methods.three_stage.config import ThreeStageConfig
-from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.stages import LabelConfig, Stage, resolved
 from memseg_dist.tools import study as shared
 from memseg_dist.tools.pseudo_labels import label
 from memseg_dist.tools.splits import draw, number_of, open_pool, write_splits
-from memseg_dist.tools.study import Row, interval, mean_and_spread, paired, run_all
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "jobs"))
+from memseg_dist.tools.study import Row, run_all
 
 PSEUDOSEG: dict[str, dict[str, Any]] = {
     "supervised": {"recipe": "supervised"},
@@ -96,6 +81,11 @@ COMPARED = {
 }  # fmt: skip
 """Variant -> what it is compared with, and the paper's difference: PseudoSeg's on VOC with 1/16 of
 the masks (of T with image labels), Three-stage's on Cityscapes with 100."""
+COLUMNS = {"mIoU": "miou", "labels": "labels"} | {
+    f"ECE {source}": f"val/ece/{source}"
+    for source in ("decoder", "activation", "fused", "sharpened")
+}
+"""Heading -> key of the rows."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +153,11 @@ def main(study: Study) -> None:
             if name in phase and (share != ALL or name in ("supervised", "stage 1"))
         ]
         rows = run_all(train, todo, file, study.processes)
-    own = [row for row in rows if row["seed"] in study.seeds]
     for share in study.known_shares:
-        show(of_share(own, share), f"{share} of the masks, {kind}, {study.steps} steps")
+        shown = of_share(rows, share, study.seeds)
+        title = f"{share} of the masks, {kind}, {study.steps} steps"
+        shared.show(shown, [name for name in SCENES if name in study.names], COLUMNS, COMPARED,
+                    title, "paper")  # fmt: skip
 
 
 def train(study: Study, variant: str, seed: int) -> Row:
@@ -201,8 +193,6 @@ def stages_of(study: Study, share: str, name: str, seed: int) -> dict[str, Stage
         "split": split_of(share, seed),
         "storage": str(study.storage),
         "seed": seed,
-        "launch": LaunchConfig("local", workers=1),
-        "tracking": TrackingConfig("none"),
     }
     tag = f"{share.replace('/', '_')}-seed{seed}"
     if name in PSEUDOSEG:
@@ -224,10 +214,6 @@ def stages_of(study: Study, share: str, name: str, seed: int) -> dict[str, Stage
             method = replace(last.method, **THIRD_STAGES[name])
             stages = {"stage3": replace(last, name=f"{slug(name)}-{tag}", method=method)}
     return {key: prepared(study, stage) for key, stage in stages.items()}
-
-
-def slug(name: str) -> str:
-    return name.replace(", ", "_").replace(" ", "_").replace("=", "").replace("/", "_")
 
 
 def pseudoseg(study: Study, options: dict, method: Mapping | None = None, **more) -> dict:
@@ -268,9 +254,6 @@ def pictures_options(study: Study) -> dict:
 
 
 PSEUDOSEG_ON_PICTURES = {"stages": (1, -2, -1), "dim": 64, "attention_dim": 32, "rates": (2, 4, 6)}
-LITE0 = BackboneConfig(
-    "tf_efficientnet_lite0", last_stage=3, drop_path=0.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)
 AUGMENT = AugmentConfig((240, 180), (0.75, 1.5), 144, photometric=False, category_max_ratio=1.0)
 
 
@@ -282,14 +265,7 @@ def prepared(study: Study, stage: Stage) -> Stage:
 
     assert isinstance(stage, RunConfig)
     sources = tuple(replace(source, slots=1, batch_per_slot=4) for source in stage.sources)
-    run = replace(
-        stage,
-        sources=sources,
-        steps=study.steps,
-        engine=EngineConfig("torch"),
-        loader=LoaderConfig(processes=0, cache_dir=str(study.storage / "cache")),
-        every=Intervals(log=50, evaluate=study.steps, checkpoint=study.steps),
-    )
+    run = alone(stage, study.storage, stage.name, stage.seed, study.steps, sources=sources)
     if study.pictures is None:
         return run
     if isinstance(run.method, ThreeStageConfig):
@@ -300,14 +276,13 @@ def prepared(study: Study, stage: Stage) -> Stage:
         sources=tuple(replace(source, augment=AUGMENT) for source in sources),
         backbone=replace(
             LITE0,
+            last_stage=3,
             pretrained=str(study.weights),
             frozen_batchnorm=run.backbone.frozen_batchnorm,
             output_stride=8 if run.backbone.frozen_batchnorm else None,
         ),
         validation=replace(run.validation, resize=(240, 180)),
-        optimizer=OptimizerConfig(
-            "adamw", lr=2e-3, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.3
-        ),
+        optimizer=OPTIMIZER,
     )
 
 
@@ -331,38 +306,15 @@ def make_splits(study: Study) -> None:
     write_splits(study.train_shards, splits, overwrite=False)
 
 
-def of_share(rows: Sequence[Row], share: str) -> list[Row]:
-    """Rows of one share, with their variants' names alone."""
-    parts = [(row, *row["variant"].split(" ", 1)) for row in rows]
-    return [row | {"variant": name} for row, own, name in parts if own == share]
-
-
-def show(rows: list[Row], title: str) -> None:
-    scores = Table("variant", "runs", "mIoU", "labels", "ECE", "s/run", title=title)
-    for name in SCENES:
-        own = [row for row in rows if row["variant"] == name]
-        if not own:
-            continue
-        labels = mean_and_spread([row["labels"] for row in own if "labels" in row])
-        keys = [key for key in own[0] if key.startswith("val/ece/")]
-        errors = [
-            f"{key.split('/')[-1]} {100 * statistics.mean(row[key] for row in own):.1f}"
-            for key in keys
-        ]
-        seconds = f"{statistics.mean(row['seconds'] for row in own):.0f}"
-        spread = mean_and_spread([row["miou"] for row in own])
-        scores.add_row(name, str(len(own)), spread, labels, ", ".join(errors), seconds)
-    table = "Paired differences, mean and 95 % interval; * : excludes 0"
-    directions = Table("difference", "paper", "mIoU", title=table)
-    present = {row["variant"] for row in rows}
-    for variant, others in COMPARED.items():
-        for against, paper in others.items():
-            if {variant, against} <= present:
-                found = interval(paired(rows, variant, against, "miou"))
-                directions.add_row(f"{variant} - {against}", paper, found)
-    console = Console(width=150)
-    console.print(scores)
-    console.print(directions)
+def of_share(rows: Sequence[Row], share: str, seeds: Sequence[int]) -> list[Row]:
+    """Rows of one share, with their variants' names alone and calibration errors in percent."""
+    parts = [(row, *row["variant"].split(" ", 1)) for row in rows if row["seed"] in seeds]
+    return [
+        {key: 100 * value if "/ece/" in key else value for key, value in row.items()}
+        | {"variant": name}
+        for row, own, name in parts
+        if own == share
+    ]
 
 
 if __name__ == "__main__":

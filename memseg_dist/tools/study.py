@@ -84,6 +84,38 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+def show(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    compared: Mapping[str, Mapping[str, str]],
+    title: str,
+    paper: str,
+) -> None:
+    """Two tables of the variants `names`: their scores, and their differences paired by seed.
+
+    columns: heading -> key of the rows; "-" where a variant's rows lack it. compared: variant ->
+    what it is compared with, and the difference in the paper, whose setting `paper` names.
+    """
+    of = {name: [row for row in rows if row["variant"] == name] for name in names}
+    scores = Table("variant", "runs", *columns, "s/run", title=title)
+    for name, own in of.items():
+        cells = [mean_and_spread([r[key] for r in own if key in r]) for key in columns.values()]
+        seconds = f"{statistics.mean(row['seconds'] for row in own):.0f}" if own else "-"
+        scores.add_row(name, str(len(own)), *cells, seconds)
+    note = "Paired differences, mean and 95 % interval; * : excludes 0"
+    differences = Table("difference", paper, *columns, title=note)
+    for variant, others in compared.items():
+        for against, quoted in others.items():
+            if variant not in names or against not in names:
+                continue
+            cells = [interval(paired(rows, variant, against, key)) for key in columns.values()]
+            differences.add_row(f"{variant} - {against}", quoted, *cells)
+    console = Console(width=160)
+    console.print(scores)
+    console.print(differences)
+
+
 def run_all(
     train: Callable[[Any, str, int], Row],
     todo: Sequence[tuple[Any, str, int]],

@@ -342,6 +342,8 @@ def test_what_is_refused(made, tmp_path):
     plain = config_of(made, tmp_path / "out", checkpoint=str(made / "runs" / "plain"))
     with pytest.raises(ValueError, match=r"no accumulated maps.*--labeller.maps predicted"):
         label(plain)
+    with pytest.raises(ValueError, match=r"no run of RCA; use --labeller.maps predicted"):
+        label(replace(plain, labeller=ActivationLabeller(maps="intermediate")))
     with pytest.raises(ValueError, match=r"--checkpoint .*no whole checkpoint there"):
         label(replace(plain, checkpoint=str(tmp_path)))
     other = tmp_path / "other"

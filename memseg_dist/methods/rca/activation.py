@@ -77,11 +77,13 @@ def predicted_maps(
     *,
     scales: Sequence[float],
     flip: bool,
+    intermediate: bool = False,
 ) -> Activation:
     """Class activation maps at several scales, added up as EPS does: float32 [n, H, W] in 0..1.
 
     image: uint8 [3, H, W]. At each scale of the image, mirrored too if `flip`, a class's map is its
     `activations` over their maximum; the maps are enlarged, added up and divided by their maximum.
+    intermediate: of RCA's P in the place of O.
     """
     height, width = image.shape[-2:]
     total = torch.zeros(len(classes), height, width)
@@ -89,12 +91,13 @@ def predicted_maps(
         return Activation(total.numpy())
     device = next(method.parameters()).device
     ids = torch.tensor(list(classes), device=device)
+    look = method.intermediate_activations if intermediate else method.activations
     with evaluation_mode(method):
         for scale in scales:
             size = scaled_size(height, width, scale)
             small = resize_image(image, size).to(device)
             views = torch.stack([small, small.flip(-1)] if flip else [small])
-            maps = _by_maximum(method.activations(views, ids).float())
+            maps = _by_maximum(look(views, ids).float())
             for number, low in enumerate(maps):
                 up = upsample_positions(low, size)
                 up = up.flip(-1) if number else up  # after padding is cut off, so halves meet

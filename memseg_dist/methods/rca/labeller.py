@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memseg_dist.checks import check_scales
+from memseg_dist.checks import check_scales, require
 from memseg_dist.data.files import absolute, is_url
 from memseg_dist.data.saliency import check_has_saliency, read_saliency
 from memseg_dist.methods.labeller import (
@@ -32,9 +32,9 @@ class ActivationLabeller(LabellerConfig):
     """Activation maps of the image's classes, fused with the background (and saliency)."""
 
     kind: Literal["activation"] = "activation"
-    maps: Literal["accumulated", "predicted"] = "accumulated"
+    maps: Literal["accumulated", "predicted", "intermediate"] = "accumulated"
     """accumulated: the maps that the run kept of its training images; predicted: class activation
-    maps of the final weights, for any run and any images."""
+    maps of the final weights, for any run and any images; intermediate: those of RCA's P."""
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     """Of predicted maps: the sizes of the image, relative to its own."""
     flip: bool = True
@@ -49,8 +49,8 @@ class ActivationLabeller(LabellerConfig):
         object.__setattr__(self, "scales", tuple(self.scales))
         if self.saliency is not None:  # tasks run in other working directories
             object.__setattr__(self, "saliency", absolute(self.saliency))
-        if self.maps not in ("accumulated", "predicted"):
-            raise ValueError(f"labeller.maps is {self.maps!r}; use 'accumulated' or 'predicted'")
+        known = ("accumulated", "predicted", "intermediate")
+        require(self.maps in known, "labeller.maps", self.maps, f"one of {known}")
         check_scales(self.scales, "labeller.scales")
         if not self.background:
             raise ValueError("labeller.background is ''; give the uid of the background class")
@@ -75,7 +75,7 @@ class ActivationLabeller(LabellerConfig):
 
     @property
     def runs_network(self) -> bool:
-        return self.maps == "predicted"
+        return self.maps != "accumulated"
 
     def open(self, model: LabellingModel) -> Label:
         known = model.label_space.vocabulary
@@ -83,13 +83,16 @@ class ActivationLabeller(LabellerConfig):
         background = known.index(self.background) if self.background in known else len(known)
         if self.maps == "accumulated":
             kept = AccumulatedMaps(model.memory(MEMORY), preload=is_url(model.path))
+        elif self.maps == "intermediate" and not hasattr(model.method, "intermediate_activations"):
+            raise ValueError(f"{model.path} is no run of RCA; use --labeller.maps predicted")
 
         def activation_of(picture: Picture) -> Activation:
             if self.maps == "accumulated":
                 return kept(picture.key, picture.classes)
             return predicted_maps(
-                model.method, picture.image, picture.classes, scales=self.scales, flip=self.flip
-            )
+                model.method, picture.image, picture.classes, scales=self.scales, flip=self.flip,
+                intermediate=self.maps == "intermediate",
+            )  # fmt: skip
 
         def label(picture: Picture) -> Labelled:
             activation = activation_of(picture)

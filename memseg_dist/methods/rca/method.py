@@ -227,6 +227,12 @@ class RCA(Method):
         (features,) = self.backbone(images)
         return self.net.activated(self.net.final(features, self.net.reduce(features)))[:, column]
 
+    def intermediate_activations(self, images: Tensor, classes: Tensor) -> Tensor:
+        """The maps of P, as `activations`."""
+        column = self._map_column(classes)
+        (features,) = self.backbone(images)
+        return self.net.cam(features).relu()[:, column]
+
     def _map_column(self, classes: Tensor) -> Tensor:
         column = torch.from_numpy(self._column).to(classes.device)[classes]
         if bool((column < 0).any()):
