@@ -8,7 +8,7 @@ Shape letters: n classes asked for, T maps of the run, g x g places of a map, H 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,13 +77,13 @@ def predicted_maps(
     *,
     scales: Sequence[float],
     flip: bool,
-    intermediate: bool = False,
+    activations: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Activation:
     """Class activation maps at several scales, added up as EPS does: float32 [n, H, W] in 0..1.
 
     image: uint8 [3, H, W]. At each scale of the image, mirrored too if `flip`, a class's map is its
-    `activations` over their maximum; the maps are enlarged, added up and divided by their maximum.
-    intermediate: of RCA's P in the place of O.
+    `activations` (the method's own by default) over their maximum; the maps are enlarged, added up
+    and divided by their maximum.
     """
     height, width = image.shape[-2:]
     total = torch.zeros(len(classes), height, width)
@@ -91,7 +91,7 @@ def predicted_maps(
         return Activation(total.numpy())
     device = next(method.parameters()).device
     ids = torch.tensor(list(classes), device=device)
-    look = method.intermediate_activations if intermediate else method.activations
+    look = activations or method.activations
     with evaluation_mode(method):
         for scale in scales:
             size = scaled_size(height, width, scale)

@@ -83,15 +83,18 @@ class ActivationLabeller(LabellerConfig):
         background = known.index(self.background) if self.background in known else len(known)
         if self.maps == "accumulated":
             kept = AccumulatedMaps(model.memory(MEMORY), preload=is_url(model.path))
-        elif self.maps == "intermediate" and not hasattr(model.method, "intermediate_activations"):
-            raise ValueError(f"{model.path} is no run of RCA; use --labeller.maps predicted")
+        activations = None
+        if self.maps == "intermediate":
+            activations = getattr(model.method, "intermediate_activations", None)
+            if activations is None:
+                raise ValueError(f"{model.path} is no run of RCA; use --labeller.maps predicted")
 
         def activation_of(picture: Picture) -> Activation:
             if self.maps == "accumulated":
                 return kept(picture.key, picture.classes)
             return predicted_maps(
                 model.method, picture.image, picture.classes, scales=self.scales, flip=self.flip,
-                intermediate=self.maps == "intermediate",
+                activations=activations,
             )  # fmt: skip
 
         def label(picture: Picture) -> Labelled:
