@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.checks import check_numbers
-from memseg_dist.methods.rca.densecrf import CrfConfig, check_image, dense_crf
+from memseg_dist.nn.densecrf import CrfConfig, check_image, dense_crf
 
 Scores = NDArray[np.float32]
 
