@@ -95,7 +95,7 @@ RULES: Mapping[str, FusionConfig] = {
         min_foreground=0,
     ),
 }
-"""By whose label script. OAA+: no CRF, and class scores below 0.3 do not count. EPS: a class
+"""By whose label script. OAA: no CRF, and class scores below 0.3 do not count. EPS: a class
 wherever one scores above 0.2, no CRF, nothing unknown, and no saliency map is given."""
 
 
