@@ -4,10 +4,15 @@
     python jobs/rca_coco.py --launch.workers 4
 
 Cost: 310,440 steps of 8 images at 368 x 368 (30 epochs), the pseudo labels, then 100,000 steps of
-DeepLabV2; not run here. Expected by the paper: segmentation 36.8 mIoU on val on top of EPS (35.7),
-26.7 on top of OAA+ (24.6). The paper keeps 500 rows per class "to avoid significant memory
-consumption"; all 240,000 rows are 0.5 GB, spread over the workers, so all are kept here.
-`--classifier.method.capacity 500` is the paper's.
+DeepLabV2; not run here. Expected by the paper (VGG16): segmentation 36.8 mIoU on val on top of EPS
+(35.7), with --eps --saliency FOLDER; 26.7 on top of OAA+ (24.6), whose integral attention is not
+here. All four are with a dense CRF, the run's own scores without. With one:
+
+    memseg eval --checkpoint runs/rca_coco_segmenter --crf --memory 3100
+
+The paper keeps 500 rows per class "to avoid significant memory consumption"; all 240,000 rows are
+0.5 GB, spread over the workers, so all are kept here. `--classifier.method.capacity 500` is the
+paper's.
 """
 
 from __future__ import annotations

@@ -5,9 +5,17 @@
 
 Cost: 39,690 steps of 8 images at 368 x 368 (30 epochs), the pseudo labels (the CRF takes about a
 second per image and core), then 20,000 steps of DeepLabV2; not run here. Expected by the paper
-(VGG16): pseudo labels 71.4 mIoU on train (OAA++ 68.2), segmentation 70.6 on val (67.7). How the
-paper counts unknown pixels is not known: both readings are printed. Its saliency maps and CRF
-settings are not published either; without `--saliency` the background is what the maps leave.
+(VGG16): pseudo labels 71.4 mIoU on train (OAA++ 68.2), segmentation 70.6 on val (67.7).
+  - Its segmentation scores are with a dense CRF, the run's own without. With one:
+    memseg eval --checkpoint runs/rca_voc_segmenter --crf
+  - OAA++ is out of reach: it is OAA with a second net trained on the accumulated maps (integral
+    attention), which is not here, nor in the paper's code, and a newer saliency model. --baseline
+    is OAA without either.
+  - So are its figures with ResNet38 (73.2 and 71.1) unless you have the weights in the names of
+    nn/resnet38.py: they are an MXNet file, for which there is no converter here.
+
+How the paper counts unknown pixels is not known: both readings are printed. Its saliency maps and
+CRF settings are not published either; without `--saliency` the background is what the maps leave.
 DeepLabV2 starts from ImageNet, not from a COCO segmentation model as some of the code that the
 paper builds on: that would leak masks. Its BatchNorm trains on slots of two crops, where
 DeepLabV2's usual setting freezes it.
@@ -36,7 +44,7 @@ class Options(RCAOptions):
     data: str = "shards/voc2012"
     """Folder that datasets/voc2012.py wrote."""
     net: Literal["vgg16", "resnet38"] = "vgg16"
-    """The classifier's backbone; resnet38 needs --weights."""
+    """The classifier's backbone; resnet38 needs --weights, and nothing here converts MXNet's."""
     weights: str | None = None
     """A .safetensors file of the backbone; by default the hub's, which has no resnet38."""
 

@@ -6,8 +6,9 @@ r"""Three-stage self-training on PASCAL VOC 2012: a part of the masks of 10,582 
     python jobs/three_stage_voc.py --split 1_50-seed0 --recipe supervised   # or self-training
 
 Not run here. Expected from the paper (mIoU on val, DeepLabV2 on ResNet-101) at 1/100, 1/50, 1/20
-and 1/8: from ImageNet 55.13 / 62.71 / 68.23 / 69.36; from a COCO model, which every stage takes as
---stage1.backbone.pretrained and so on, 63.82 / 70.77 / 71.90 / 72.95. Its splits are lists of
+and 1/8: from ImageNet 55.13 / 62.71 / 68.23 / 69.36; from a COCO model 63.82 / 70.77 / 71.90 /
+72.95, which every stage takes as --stage1.backbone.pretrained and so on, in timm's names: there is
+no converter for the model that the paper took. Its splits are lists of
 others; with one, `memseg data split --keys FILE`. Cost: 10,000 steps of 10 crops of 321 pixels,
 then twice 60,000. lambda is 1/4, as in the code; the paper has 5/4 at 1/20 and 5/8 at 1/8:
 --stage2.method.consistency-weight and so on. Deviations: methods/three_stage/method.py.

@@ -21,6 +21,7 @@ from memseg_dist.cli import main
 from memseg_dist.config import EngineConfig
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.evaluation.sliding import Inference, segment
+from memseg_dist.nn.densecrf import DEEPLAB
 from memseg_dist.tools.shards import Sample, finish, write_shard
 from memseg_dist.train.checkpoint import save
 from memseg_dist.train.engine import TorchEngine
@@ -133,9 +134,11 @@ def test_flags_of_multi_scale_testing(run, pictures, tmp_path, monkeypatch):
     command("predict", pictures / "one.jpg", *common, *VIEWS)
     command("eval", *common, "--max-images", 1, *VIEWS)
     command("predict", pictures / "one.jpg", *common, "--flip", False)
+    command("predict", pictures / "one.jpg", *common, "--crf")
     views = {"scales": (0.5, 1.5), "flip": True, "swap": ((0, 1),), "average": "probabilities"}
     expected = Inference("whole", (32, 32), **views)
-    assert found == [expected, expected, Inference("whole", (32, 32))]
+    plain = Inference("whole", (32, 32))
+    assert found == [expected, expected, plain, dataclasses.replace(plain, crf=DEEPLAB)]
     for flags, message in (
         (("--scales", 0), "--scales is (0.0,); it must be one or more finite numbers above 0"),
         (("--scales", 1, "nan"), "--scales is (1.0, nan)"),

@@ -14,6 +14,7 @@ from memseg_dist.data.augment import height_and_width
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.evaluation.lookup import find_classes
 from memseg_dist.evaluation.sliding import Average, Inference, Mode
+from memseg_dist.nn.densecrf import DEEPLAB
 from memseg_dist.train.load_model import Model, chosen_device, find_checkpoint, load_model
 
 
@@ -49,8 +50,11 @@ class InferenceOptions:
     """Pairs of class uids that a mirror turns into each other: left-arm right-arm left-leg ..."""
     average: Average | None = None
     """What is averaged over the scales and mirror images."""
+    crf: bool = False
+    """Sharpen the probabilities along the picture's edges by a dense CRF, set as DeepLabV2's. For
+    21 classes of 448 x 336 pixels it takes six seconds of one core."""
     memory: int = 512
-    """MiB that upsampling the logits may take, at any number of classes."""
+    """MiB that upsampling the logits may take, at any number of classes, and the CRF."""
 
     def resolved(self, model: Model) -> Inference:
         """ValueError names the flag."""
@@ -82,6 +86,7 @@ class InferenceOptions:
             average=self.average or usual.average,
             memory_bytes=self.memory * 2**20,
             keep_ratio=usual.keep_ratio if self.keep_ratio is None else self.keep_ratio,
+            crf=DEEPLAB if self.crf else None,
         )
 
 

@@ -4,7 +4,8 @@ From low-resolution logits to labels everything but the argmax is linear: upsamp
 averaging overlapping windows, resizing to the original size, averaging the views (scales of the
 image and their mirror images). So classes go through it a chunk at a time, with a running maximum;
 no tensor of shape [classes, pixels] exists. Probabilities can be averaged over the views instead:
-a pass over all classes before gives each view's normaliser.
+a pass over all classes before gives each view's normaliser. Only a dense CRF, where every pixel's
+classes meet, needs the probabilities of all of them at once.
 
 Shape letters: K classes, k classes of one chunk, windows of n x m pixels with h x w positions each,
 Y x X pixels of a view of the image, H x W pixels of the result.
@@ -32,11 +33,16 @@ from memseg_dist.data.augment import (
 )
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.method import MATMUL_CLASSES, LinearLogits, Prediction
+from memseg_dist.nn.densecrf import CrfConfig, dense_crf
 from memseg_dist.nn.resize import upsample_positions
 
 Predict = Callable[[Tensor, Tensor], Prediction]
 Mode = Literal["whole", "slide"]
 Average = Literal["logits", "probabilities"]
+
+CRF_MAPS = 24
+"""Maps [H, W] of 4 bytes that the CRF holds per class at its worst moment (measured on photographs
+with `densecrf.DEEPLAB`)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,9 @@ class Inference:
     logits of MATMUL_CLASSES classes are the floor."""
     keep_ratio: bool = True
     """Keep the picture's aspect ratio when it is fitted; else its sides become exactly `resize`."""
+    crf: CrfConfig | None = None
+    """Sharpen the probabilities by a dense CRF on the host, over the fitted picture brought to the
+    result's size. `memory_bytes` must hold CRF_MAPS maps of every class."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
@@ -203,8 +212,9 @@ def _best(
     confident: bool,
 ) -> tuple[Tensor, Tensor]:
     """The argmax and what it is the argmax of; `confident`: the probability, whatever it is."""
-    views = _views(predict, image, classes, inference)
     out_size = out_size or (image.shape[-2], image.shape[-1])
+    _check_crf(inference, classes.numel(), out_size)
+    views = _views(predict, image, classes, inference)
     best = torch.full(out_size, -torch.inf, device=image.device)
     label = torch.zeros(out_size, dtype=torch.int64, device=image.device)
     log_sum = torch.full_like(best, -torch.inf)
@@ -220,6 +230,13 @@ def _best(
                     of_view = _full_resolution(low, view, out_size).logsumexp(dim=0)
                     torch.logaddexp(normaliser, of_view, out=normaliser)
                 del maps, low  # else two blocks would be held at once
+        if inference.crf is not None:
+            chunks = _chunks(views, out_size, budget, halved)
+            every = [_mean_over_views(maps, views, out_size, normalisers) for _, maps in chunks]
+            scores_KHW = torch.cat(every)
+            if not by_probability:
+                scores_KHW = scores_KHW.softmax(dim=0)
+            return _sharpened(scores_KHW, image, inference.crf)
         for start, maps in _chunks(views, out_size, budget, halved):
             full = _mean_over_views(maps, views, out_size, normalisers)
             value, index = full.max(dim=0)
@@ -230,6 +247,27 @@ def _best(
             label = torch.where(better, index + start, label)
             del full, maps
     return label, (best - log_sum).exp_() if sums_logits else best
+
+
+def _check_crf(inference: Inference, num_classes: int, size: tuple[int, int]) -> None:
+    needed = CRF_MAPS * 4 * num_classes * math.prod(size)
+    if inference.crf is not None and needed > inference.memory_bytes:
+        raise ValueError(
+            f"a CRF over {num_classes} classes of {size[0]} x {size[1]} pixels takes about "
+            f"{needed / 2**20:.0f} MiB, but only {inference.memory_bytes / 2**20:.0f} MiB are "
+            "allowed; allow more (--memory), or ask for fewer classes"
+        )
+
+
+def _sharpened(
+    probabilities_KHW: Tensor, image: Tensor, config: CrfConfig
+) -> tuple[Tensor, Tensor]:
+    """The class with the largest marginal of the CRF, and that marginal: [H, W] each."""
+    shown = resize_image(image, (probabilities_KHW.shape[1], probabilities_KHW.shape[2]))
+    picture = shown.permute(1, 2, 0).cpu().numpy()
+    marginals = torch.from_numpy(dense_crf(picture, probabilities_KHW.cpu().numpy(), config))
+    best, label = marginals.to(image.device).max(dim=0)
+    return label, best
 
 
 def _views(predict: Predict, image: Tensor, classes: Tensor, inference: Inference) -> list[_View]:

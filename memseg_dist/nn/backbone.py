@@ -48,7 +48,7 @@ _FEATURE_OPTIONS = ("feature_location",)
 class BackboneConfig:
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm model name: a ViT, Swin, ResNet, ConvNeXt, ...; vgg16 and resnet38 are this package's
-    own."""
+    own, resnet38 without ImageNet weights."""
     pretrained: str = ""
     """'hub' (timm's own weights), '' for random weights, or a .safetensors file: one that
     `save_backbone` wrote, or the model.safetensors that timm or its hub has for this model (whole;

@@ -1,7 +1,9 @@
 """ResNet38: the wide pre-activation residual net of "Wider or Deeper" (Wu, Shen, van den Hengel).
 
 The backbone of most weakly supervised papers since AffinityNet. Its output stride is 8: three
-stages halve the size, the later ones are dilated.
+stages halve the size, the later ones are dilated. The ImageNet weights that those papers start from
+(ilsvrc-cls_rna-a1_cls1000_ep-0001.params) are an MXNet file, and there is no converter for it here:
+`pretrained` takes a .safetensors file with the names of this module.
 
     conv1  3 x 3                3 ->   64
     b2     3 wide blocks       64 ->  128, stride 2

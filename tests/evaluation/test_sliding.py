@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memseg_dist.config import ValidationConfig
+from memseg_dist.data.augment import resize_image
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.evaluation import sliding
 from memseg_dist.evaluation.sliding import Inference, Window, segment, segment_confident, windows
 from memseg_dist.methods.method import DenseLogits, LinearLogits
+from memseg_dist.nn.densecrf import CrfConfig, dense_crf
 
 STRIDE = 4
 DIM = 6
@@ -395,6 +397,31 @@ def test_views_keep_to_the_memory(average, mode, scales, out_size):
     others = 4 * sum(int(48 * scale) * int(32 * scale) * 2 for scale in options.scales)
     vectors = 2 * weight.numel() * 4
     assert bound / 4 < live.peak < bound + maps + features + others + vectors
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+@pytest.mark.parametrize("out_size", [None, (30, 44)])
+def test_a_crf_sharpens_the_averaged_probabilities_at_the_size_of_the_result(average, out_size):
+    """The slow twin: all dense scores, and the CRF over them and the picture."""
+    predict, image = integer_predict(integer_weight(5) / 16), picture(24, 40)
+    crf = CrfConfig(iterations=2, bilateral_sxy=8.0, bilateral_srgb=60.0)
+    options = Inference(scales=(0.5, 1.5), flip=True, average=average, crf=crf)
+    arguments = (predict, image, torch.arange(5), options, out_size)
+    scores = dense_scores(*arguments)
+    shares = scores if average == "probabilities" else scores.softmax(dim=0)
+    shown = resize_image(image, out_size or (24, 40)).permute(1, 2, 0).numpy()
+    expected = torch.from_numpy(dense_crf(shown, shares.numpy(), crf))
+    label, confidence = segment_confident(*arguments)
+    torch.testing.assert_close(confidence, expected.amax(dim=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(expected.gather(0, label[None])[0], confidence, rtol=1e-4, atol=1e-5)
+    assert torch.equal(label, segment(*arguments))
+    assert (label != scores.argmax(dim=0)).float().mean() > 0.05  # it does something
+
+
+def test_a_crf_over_more_than_the_memory_is_refused():
+    options = Inference("whole", crf=CrfConfig(), memory_bytes=2**20)
+    with pytest.raises(ValueError, match=r"over 900 classes of 24 x 40 pixels .* 79 MiB.*only 1"):
+        segment(integer_predict(integer_weight(900)), picture(24, 40), torch.arange(900), options)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memseg_dist.methods.rca.densecrf import CrfConfig, check_sizes, kernel_features, mean_field
+from memseg_dist.nn.densecrf import CrfConfig, check_sizes, kernel_features, mean_field
 
 
 def dense_crf_exact(

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.checks import check_numbers
-from memseg_dist.methods.rca.densecrf import CrfConfig, check_image, dense_crf
+from memseg_dist.nn.densecrf import CrfConfig, check_image, dense_crf
 
 Scores = NDArray[np.float32]
 
@@ -95,7 +95,7 @@ RULES: Mapping[str, FusionConfig] = {
         min_foreground=0,
     ),
 }
-"""By whose label script. OAA+: no CRF, and class scores below 0.3 do not count. EPS: a class
+"""By whose label script. OAA: no CRF, and class scores below 0.3 do not count. EPS: a class
 wherever one scores above 0.2, no CRF, nothing unknown, and no saliency map is given."""
 
 

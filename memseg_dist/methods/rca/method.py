@@ -7,9 +7,10 @@ what the region of each class looked like in every image; regions are contrasted
     L = alpha_1 L_RM-NCE + alpha_2 BCE(GAP(P), y) + BCE(GAP(O), y)                        (Eq. 11)
 
 The baselines are the same class: OAA is `contrast_weight=0, aggregation="off"`; EPS adds
-`saliency_weight=1`. The paper does not say how it stands on EPS. Here O then has L + 1 channels,
-the background the last, and its maps are what EPS supervises: a softmax over all L + 1, not
-relu(O). P, which no saliency teaches, keeps L channels.
+`saliency_weight=1`. OAA+ and OAA++ of the paper's tables train a second net on OAA's maps (integral
+attention), which neither the code nor this has. The paper does not say how it stands on EPS. Here O
+then has L + 1 channels, the background the last, and its maps are what EPS's loss supervises: a
+softmax over all L + 1, not relu(O). P, which no saliency teaches, keeps L channels.
 
 Where the paper is silent or differs from its official code, the decision, and the flag that gives
 the other behaviour (`config.released()` sets them all as the code has them):

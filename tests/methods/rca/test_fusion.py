@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.methods.rca.densecrf import dense_crf
 from memseg_dist.methods.rca.fusion import RULES, FusionConfig, fuse
+from memseg_dist.nn.densecrf import dense_crf
 
 RCA = FusionConfig()
 PLAIN = FusionConfig(use_crf=False, conflict=None, salient=None, confident=None, min_foreground=0)

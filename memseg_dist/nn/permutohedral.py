@@ -32,7 +32,7 @@ MAX_KEYS = 2**62
 class Lattice:
     """Gaussian of standard deviation 1 over the points `features` [N, d], up to one factor.
 
-    The result is a few per cent off the exact sum (see `tests/methods/rca/test_densecrf.py`), and
+    The result is a few per cent off the exact sum (see `tests/nn/test_densecrf.py`), and
     the factor drops out wherever it is divided by the filtered ones. ValueError for points that
     span more than 2^62 lattice cells.
     """

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.checks import check_numbers
-from memseg_dist.methods.rca.permutohedral import Lattice
+from memseg_dist.nn.permutohedral import Lattice
 
 Filter = Callable[[Tensor], Tensor]
 """[N, C] -> [N, C], linear."""
@@ -60,6 +60,10 @@ class CrfConfig:
             positive=("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"),
             not_negative=("iterations", "gaussian_compat", "bilateral_compat"),
         )
+
+
+DEEPLAB = CrfConfig(gaussian_sxy=1.0, bilateral_sxy=67.0, bilateral_srgb=3.0, bilateral_compat=4.0)
+"""For a segmenter's probabilities: DeepLabV2's, with the numbers of OAA's configuration."""
 
 
 def dense_crf(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from reference.densecrf import dense_crf_exact, gaussian_kernel
 
-from memseg_dist.methods.rca.densecrf import CrfConfig, dense_crf, kernel_features
-from memseg_dist.methods.rca.permutohedral import Lattice, _simplices
+from memseg_dist.nn.densecrf import CrfConfig, dense_crf, kernel_features
+from memseg_dist.nn.permutohedral import Lattice, _simplices
 
 SIZE = (32, 40)
 
