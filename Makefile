@@ -29,7 +29,7 @@ demo: setup ## Train the baseline and LarvSeg on generated scenes: Ray, two Deep
 	$(BIN)/python jobs/demo.py
 
 test: setup lint ## Lint, types, layers, and the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup ## What takes minutes: the full-vocabulary step, job submission, every job's --smoke
 	$(BIN)/python -m pytest -m slow

@@ -89,5 +89,6 @@ def test_what_is_compared_is_run_and_comes_before(semi):
 
 
 def test_rows_of_a_share_lose_its_name(semi):
-    rows = [{"variant": "1/16 stage 3, no EMA", "seed": 0}, {"variant": "1/4 stage 1", "seed": 0}]
-    assert semi.of_share(rows, "1/16") == [{"variant": "stage 3, no EMA", "seed": 0}]
+    names = ("1/16 stage 3, no EMA", "1/4 stage 1")
+    rows = [{"variant": name, "seed": seed} for name in names for seed in (0, 1)]
+    assert semi.of_share(rows, "1/16", [0]) == [{"variant": "stage 3, no EMA", "seed": 0}]

@@ -378,7 +378,7 @@ def test_sources_that_cannot_work_are_refused(masks_root, labels_root, tmp_path)
     with pytest.raises(ValueError, match="label 5 is outside the vocabulary of 3 classes"):
         TrainLoader([source], small, seed=0)
     for changes, message in (
-        ({"slots": 0}, "slots is 0"),
+        ({"slots": -1}, "slots is -1"),
         ({"supervision": "boxes"}, "supervision is 'boxes'; it must be one of"),
         ({"supervision": "masks", "hide_mask": True}, "'masks' with hide_mask"),
     ):

@@ -89,11 +89,11 @@ def test_windows_refuse_gaps():
 @pytest.mark.parametrize(
     ("size", "mode", "window", "stride", "out_size"),
     [
-        ((32, 48), "whole", 0, 0, None),
+        ((32, 48), "whole", 16, 16, None),
         ((32, 48), "slide", 16, 8, None),
         ((24, 40), "slide", 16, 16, (48, 80)),
         ((12, 8), "slide", 16, 16, None),  # smaller than the window
-        ((29, 43), "whole", 0, 0, (37, 21)),  # odd: padded features are cropped
+        ((29, 43), "whole", 16, 16, (37, 21)),  # odd: padded features are cropped
         ((29, 43), "slide", 16, 9, (51, 70)),
     ],
 )

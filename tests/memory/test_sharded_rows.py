@@ -299,7 +299,7 @@ def test_nothing_in_a_step_waits_for_the_device(case):
     queries = torch.randn(4, DIM, requires_grad=True)
     with NoSync():
         feed(bank, 0, 2)
-        bank.reads[-1](queries, np.arange(4), 0.1).sum().backward()
+        bank.reads[-1](queries, np.arange(4)[:, None], np.ones((4, 1)), 0.1).sum().backward()
     with pytest.raises(AssertionError, match=r"nonzero|index"), NoSync():
         bank.set_rows()
 
