@@ -29,8 +29,8 @@ class CorruptSample(ValueError):
 
 
 def open_image(content: bytes, image_format: str) -> Image.Image:
-    """The image with only its header read, and its checksums where it has some; CorruptSample unless
-    it is what it says it is.
+    """The image with only its header read, and a PNG's checksums; CorruptSample unless it is what
+    it says it is.
     """
     if image_format not in IMAGE_FORMATS:
         raise CorruptSample(

@@ -8,8 +8,8 @@ A case is a seed: it damages one good file and has the package read it. What may
     skipped    samples are left out, and counted
     right      the content before the damage; where no checksum guards it, what the file says now
 
-All else is a failure: another exception, a message without the name, other data, a sample lost, more
-than BYTES of memory or SECONDS of CPU time.
+All else is a failure: another exception, a message without the name, other data, a sample lost,
+more than BYTES of memory or SECONDS of CPU time.
 """
 
 from __future__ import annotations

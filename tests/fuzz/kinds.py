@@ -27,8 +27,8 @@ import toy_job
 from data.made import NUM_CLASSES, SPACE, VOCABULARY, blocks, encoded, write
 from datasets.conftest import load
 from fuzz.mutations import damage, damage_png, damage_tar_header, damage_tree
-from PIL import Image
 from pictures import jpeg
+from PIL import Image
 from train.shards import larvseg_config, write_squares
 from train.tiny import Tiny, tiny_config
 
@@ -281,7 +281,10 @@ class Mask(Kind):
 
     def damage(self, random: Random) -> None:
         values = blocks(random.randrange(50))
-        content, kind = encode_mask(values), random.choice(("damaged", "damaged", "sealed", "other"))
+        content, kind = (
+            encode_mask(values),
+            random.choice(("damaged", "damaged", "sealed", "other")),
+        )
         self.expected: np.ndarray | None = values
         if kind == "damaged":
             content, self.what = damage(content, random)
@@ -401,7 +404,8 @@ class IndexRows(Kind):
         index = self.index(self.path.parent, make=False)
         pool = open_pool(index)
         pairs = [*zip(pool.image.tolist(), pool.label.tolist())]
-        return [*map(index.row, range(len(index)))], [*index.all_keys()], pool.keys, pairs, str(index)
+        rows = [*map(index.row, range(len(index)))]
+        return rows, [*index.all_keys()], pool.keys, pairs, str(index)
 
     def read(self) -> str:
         assert self.rows() == self.expected
@@ -544,7 +548,9 @@ class Table(Recipe):
         found = self.build(load("folder").Table, table=self.path, images=images)
         if self.path.suffix == ".csv":
             rows = [*csv.reader(self.lines())]
-            entries = [(row[0], row[1].split(";") if row[1] else []) for row in rows if len(row) > 1]
+            entries = [
+                (row[0], row[1].split(";") if row[1] else []) for row in rows if len(row) > 1
+            ]
         else:
             text = json.loads(self.path.read_bytes())
             entries = [*text.items()] if isinstance(text, dict) else text
@@ -664,8 +670,17 @@ class CheckpointFiles(Kind):
         return str(self.step) in message
 
     def read(self) -> str:
-        if latest(str(self.step.parent)) is None:
-            return SKIPPED  # by a warning that names it
+        is_torn = latest(str(self.step.parent)) is None  # then a warning names it
+        try:
+            self.load()
+        except ValueError as error:
+            if is_torn and self.is_named(str(error)):
+                return SKIPPED
+            raise
+        assert not is_torn
+        return RIGHT
+
+    def load(self) -> None:
         engine = TorchEngine(Tiny(), tiny_config(), torch.device("cpu"))
         bank = ShardedRows(Rings(4, 2), Overwrite(), 3)
         checkpoint = Checkpoint(str(self.step))
@@ -676,7 +691,6 @@ class CheckpointFiles(Kind):
             assert bank.digest(values=True) == digest
             for name, tensor in engine.state().weights.items():
                 assert torch.equal(tensor, weights[name]), name
-        return RIGHT
 
 
 # --------------------------------------------------------------------------------- command lines
@@ -686,7 +700,7 @@ class CommandLine(Kind):
     """Words of which some are wrong. A message names one of them."""
 
     STRANGE = ("", "nan", "inf", "-inf", "-1", "0", "1e400", "9" * 25, "..", "../..", "\0", "é",
-               "\udcff", "a" * 5000, "--", "None", "True", "1/0", "1/3", ",", "[1]", "{}", "pipe:x",
+               "\udcff", "a" * 300, "--", "None", "True", "1/0", "1/3", ",", "[1]", "{}", "pipe:x",
                "nope://x/y", "2", "0.5", "-")  # fmt: skip
 
     def damaged_words(self, words: list[str], random: Random) -> list[str]:
@@ -694,7 +708,9 @@ class CommandLine(Kind):
         for _ in range(random.choice((1, 1, 1, 2, 3))):
             at, other = random.randrange(1, len(words)), random.randrange(1, len(words))
             strange = random.choice(self.STRANGE)
-            kind = random.choice(("replace", "replace", "remove", "insert", "swap", "twice", "spell"))
+            kind = random.choice(
+                ("replace", "replace", "remove", "insert", "swap", "twice", "spell")
+            )
             told.append(f"{kind} {at} {words[at][-30:]!r} {strange[:9]!r}")
             if kind == "replace":
                 words[at] = strange
@@ -755,7 +771,7 @@ class Commands(CommandLine):
         self.words = self.damaged_words(random.choice(self.lines).split(), random)
 
     def read(self) -> str:
-        before, errors = os.getcwd(), io.StringIO()
+        before = os.getcwd()
         os.chdir(self.path)  # what is written without a whole path
         try:
             main(self.words)
