@@ -212,11 +212,11 @@ class _Index:
 
     def __post_init__(self) -> None:
         for image in self.images:
-            self._check((*(image.labels or ()), image.coco80 or 0), f"labels of {image.file!r}")
-            is_named = image.labels is not None or image.coco80 is not None or image.name
-            require(
-                is_named, f"name of {image.file!r}", image.name, "given for one without a label"
-            )
+            single = () if image.coco80 is None else (image.coco80,)
+            places = single if image.labels is None else image.labels
+            self._check(places, f"labels of {image.file!r}")
+            is_known = image.labels is not None or single or image.name
+            require(is_known, f"name of {image.file!r}", image.name, "given where no label is")
         for name, places in self.proposal.items():
             self._check(places, f"proposal.{name}")
 
