@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -27,7 +28,8 @@ def main(cases: int = 2000, first: int = 0, kind: str = "") -> None:
     found = []
     for number, name in enumerate(names):
         start, count = time.perf_counter(), cases // len(names) + (number < cases % len(names))
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
+            os.environ["MEMSEG_CACHE"] = cache
             outcomes, failures = run(name, range(first, first + count), Path(folder))
         figures = " | ".join(str(outcomes[outcome]) for outcome in OUTCOMES)
         print(f"| {name} | {count} | {figures} | {time.perf_counter() - start:.0f} |", flush=True)

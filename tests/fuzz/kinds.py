@@ -22,6 +22,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import toy_job
 from data.made import NUM_CLASSES, SPACE, VOCABULARY, blocks, encoded, write
@@ -58,6 +59,7 @@ from memseg_dist.tools.external import index_external
 from memseg_dist.tools.predict import read_image
 from memseg_dist.tools.recipe import Skipped, image_sample
 from memseg_dist.tools.search import PublishedRows
+from memseg_dist.tools.shards import finish, write_parquet
 from memseg_dist.tools.splits import open_pool
 from memseg_dist.tools.verify import verify
 from memseg_dist.train.checkpoint import Checkpoint, latest, save
@@ -338,7 +340,8 @@ class LabelMap(Kind):
     def read(self) -> str:
         read_label_map = load("folder").read_label_map
         mask = read_label_map(str(self.path), NUM_CLASSES, first_value=0, ignore=(255,))
-        expected = np.where(self.values == 255, MASK_IGNORE, self.values)
+        expected = self.values.astype(np.uint16)
+        expected[expected == 255] = MASK_IGNORE
         assert mask.dtype == np.uint16 and (self.is_sealed or np.array_equal(mask, expected))
         return RIGHT
 
@@ -412,6 +415,22 @@ class IndexRows(Kind):
         return RIGHT
 
 
+class IndexPart(IndexRows):
+    """The index of a shard before `finish`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.index_file, self.merged = self.path, self.whole
+        self.path = folder / "shards" / "shard-000001.index.parquet"
+        write_parquet(self.path, [pq.read_table(self.index_file).slice(5, 3)])
+        self.whole = self.path.read_bytes()
+
+    def read(self) -> str:
+        self.index_file.write_bytes(self.merged)
+        finish(self.path.parent, VOCABULARY)
+        return super().read()
+
+
 def filled_bank() -> ShardedRows:
     bank = ShardedRows(Rings(4, 2), Overwrite(), 3)
     for step in range(3):
@@ -433,9 +452,6 @@ class Bank(Kind):
     def damage(self, random: Random) -> None:
         content, self.what = damage(self.whole, random)
         self.path.write_bytes(content)
-
-    def is_named(self, message: str) -> bool:
-        return str(self.path.parent) in message
 
     def read(self) -> str:
         found = PublishedRows.open(self.path.parent)
@@ -826,7 +842,7 @@ KINDS: dict[str, tuple[type[Kind], ...]] = {
     "image": (Picture,),
     "mask": (Mask, LabelMap),
     "json": (Labels,),
-    "parquet": (IndexRows, Bank),
+    "parquet": (IndexRows, IndexPart, Bank),
     "vocabulary": (VocabularyFile, ClassList),
     "table": (Table, IndexJson, SplitList),
     "config": (Config,),
