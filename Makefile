@@ -8,8 +8,12 @@ STAMP := $(VENV)/.installed
 # DeepSpeed and Ray workers find ninja and the interpreter here; the suite shares two cores.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DS_BUILD_OPS := 0
+# Of `make fuzz`.
+CASES ?= 20000
+FIRST ?= 0
+KIND ?=
 
-.PHONY: help setup demo test test-slow test-gpu lint format bench clean
+.PHONY: help setup demo test test-slow test-gpu fuzz lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +40,9 @@ test-slow: setup ## What takes minutes: the full-vocabulary step, job submission
 
 test-gpu: setup ## The checks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: setup ## Damage CASES files of all kinds (or of one KIND, from the seed FIRST on) and read them
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --cases $(CASES) --first $(FIRST) --kind "$(KIND)"
 
 lint: setup ## ruff, import-linter, mypy
 	$(BIN)/ruff check .

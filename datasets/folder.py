@@ -18,16 +18,20 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import os
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from memseg_dist.checks import require
 from memseg_dist.data.files import read_json, read_text, write_atomically
 from memseg_dist.data.vocabulary import Category, Vocabulary, fold
+from memseg_dist.jsonable import decode
 from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
 from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
 from memseg_dist.tools.shards import escape_key
@@ -119,6 +123,13 @@ def build(recipe: Masks | Classes | Table | IndexJson) -> BuildReport:
     return build_table(recipe) if isinstance(recipe, Table) else build_index_json(recipe)
 
 
+def check_once(pictures: Sequence[Picture], origin: Path) -> None:
+    """ValueError for pictures whose samples would have one key."""
+    twice = [key for key, count in Counter(item.key for item in pictures).items() if count > 1]
+    if twice:
+        raise ValueError(f"{origin}: more than one image would be {twice[0]!r}; list each once")
+
+
 def build_masks(recipe: Masks) -> BuildReport:
     vocabulary = read_classes(recipe.classes, recipe.uids)
     pictures = []
@@ -128,6 +139,7 @@ def build_masks(recipe: Masks) -> BuildReport:
         if not mask.exists():
             raise ValueError(f"image {image} has no mask {mask}; add it or remove the image")
         pictures.append(Picture(_key(relative), str(image), str(mask)))
+    check_once(pictures, recipe.images)
     read_mask = functools.partial(
         read_label_map,
         num_classes=len(vocabulary),
@@ -156,6 +168,7 @@ def build_classes(recipe: Classes) -> BuildReport:
         Picture(_key(relative), str(path), labels=(find(relative.parts[0], str(path)),))
         for path, relative in images
     ]
+    check_once(pictures, recipe.root)
     return build_pictures(recipe.options.out, vocabulary, pictures, recipe.options)
 
 
@@ -170,30 +183,89 @@ def build_table(recipe: Table) -> BuildReport:
         if not path.is_file():
             raise ValueError(f"{recipe.table}: no image {path}; check --images")
         ids = tuple(sorted({find(label, f"{recipe.table}, {file}") for label in labels}))
-        pictures.append(Picture(_key(Path(file)), str(path), labels=ids))
+        pictures.append(Picture(_key(file), str(path), labels=ids))
+    check_once(pictures, recipe.table)
     return build_pictures(recipe.options.out, vocabulary, pictures, recipe.options)
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """An image of an index.json; labels, coco80: places in its list of classes."""
+
+    file: str
+    split: str | None = None
+    labels: tuple[int, ...] | None = None
+    coco80: int | None = None
+    wnid: str | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of an index.json."""
+
+    images: tuple[_Listed, ...] = ()
+    classes: tuple[str, ...] = ()
+    coco80_classes: tuple[str, ...] = ()
+    ignore: int = 255
+    proposal: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for image in self.images:
+            single = () if image.coco80 is None else (image.coco80,)
+            places = single if image.labels is None else image.labels
+            self._check(places, f"labels of {image.file!r}")
+            is_known = image.labels is not None or single or image.name
+            require(is_known, f"name of {image.file!r}", image.name, "given where no label is")
+        for name, places in self.proposal.items():
+            self._check(places, f"proposal.{name}")
+
+    def _check(self, places: Sequence[int], key: str) -> None:
+        count = len(self.names)
+        outside = [place for place in places if not 0 <= place < count]
+        require(not outside, key, outside[:5], f"places in the list of {count} classes")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.classes or self.coco80_classes
+
+
+def read_index(path: Path) -> _Index:
+    """What is known of an index.json, of whatever else it has; ValueError naming the key."""
+
+    def known(kind: type, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {item.name: value[item.name] for item in fields(kind) if item.name in value}
+
+    content = known(_Index, read_json(path))
+    if isinstance(content, dict):
+        if isinstance(content.get("images"), list):
+            content["images"] = [known(_Listed, image) for image in content["images"]]
+        if isinstance(content.get("proposal"), dict):  # notes stand beside the groups of classes
+            groups = content["proposal"].items()
+            content["proposal"] = {name: ids for name, ids in groups if isinstance(ids, list)}
+    index = decode(_Index, content, str(path))
+    if not index.names or not index.images:
+        raise ValueError(f'{path}: needs "classes" (or "coco80_classes") and "images"')
+    return index
+
+
 def build_index_json(recipe: IndexJson) -> BuildReport:
-    content = read_json(recipe.index)
-    names = content.get("classes") or content.get("coco80_classes")
-    images = content.get("images")
-    if not names or not images:
-        raise ValueError(f'{recipe.index}: needs "classes" (or "coco80_classes") and "images"')
-    if recipe.split is not None:
-        images = [image for image in images if image.get("split") == recipe.split]
+    index = read_index(recipe.index)
+    images = [image for image in index.images if recipe.split in (None, image.split)]
     if recipe.listed_classes_only:
-        images = [image for image in images if image.get("coco80", 0) is not None]
+        images = [image for image in images if (image.labels, image.coco80) != (None, None)]
     if not images:
         raise ValueError(f"{recipe.index}: no images of split {recipe.split!r}")
-    listed = fill_uids([Category(NO_UID, name) for name in names], recipe.uids, recipe.index)
+    listed = fill_uids([Category(NO_UID, name) for name in index.names], recipe.uids, recipe.index)
     categories = {category.uid: category for category in listed}
     labels = []
     for image in images:
-        if "labels" in image:
-            labels.append(tuple(listed[int(label)].uid for label in image["labels"]))
+        if image.labels is not None:
+            labels.append(tuple(listed[label].uid for label in image.labels))
             continue
-        own = _own_category(image) if image["coco80"] is None else listed[int(image["coco80"])]
+        own = _own_category(image) if image.coco80 is None else listed[image.coco80]
         categories.setdefault(own.uid, own)
         labels.append((own.uid,))
     if recipe.shuffle_labels is not None:
@@ -204,12 +276,13 @@ def build_index_json(recipe: IndexJson) -> BuildReport:
         tuple(kept if recipe.drop_empty_classes else categories.values()), str(recipe.index)
     )
     pictures = [_indexed(recipe, vocabulary, *pair) for pair in zip(images, labels, strict=True)]
+    check_once(pictures, recipe.index)
     if recipe.shuffle_labels is not None and any(picture.mask for picture in pictures):
         raise ValueError(f"{recipe.index} has masks, whose labels --shuffle-labels cannot permute; "
                          "add --labels-only")  # fmt: skip
     read_mask = None
     if not recipe.labels_only and any(picture.mask for picture in pictures):
-        table = {int(content.get("ignore", 255)): -1} | {
+        table = {index.ignore: -1} | {
             value: vocabulary.index(item.uid)
             for value, item in enumerate(listed)
             if item.uid in vocabulary
@@ -218,46 +291,36 @@ def build_index_json(recipe: IndexJson) -> BuildReport:
     report = build_pictures(
         recipe.options.out, vocabulary, pictures, recipe.options, read_mask=read_mask
     )
-    _save_groups(content.get("proposal"), listed, recipe.options.out)
+    if index.proposal:  # named groups of classes (base, novel ...) as uids, beside the shards
+        groups = {name: [listed[at].uid for at in ids] for name, ids in index.proposal.items()}
+        write_atomically(recipe.options.out / "groups.json", json.dumps(groups, indent=1).encode())
     return report
 
 
 def _indexed(
-    recipe: IndexJson, vocabulary: Vocabulary, image: Mapping[str, Any], uids: Sequence[str]
+    recipe: IndexJson, vocabulary: Vocabulary, image: _Listed, uids: Sequence[str]
 ) -> Picture:
     root = recipe.index.parent
-    file = root / "images" / image["file"] if (root / "images").is_dir() else root / image["file"]
-    mask = (root / "masks" / image["file"]).with_suffix(".png")
-    use_mask = mask.exists() and not recipe.labels_only
+    file = root / "images" / image.file if (root / "images").is_dir() else root / image.file
+    if not file.is_file():
+        raise ValueError(f"{recipe.index}: no image {file}; add it or list anew")
+    mask = root / "masks" / f"{_stem(image.file)}.png"
     ids = tuple(sorted(vocabulary.index(uid) for uid in set(uids)))
-    key = _key(Path(image["file"]))
-    if use_mask:  # its pixels say which classes there are
-        return Picture(key, str(file), str(mask))
-    return Picture(key, str(file), labels=ids)
+    if mask.exists() and not recipe.labels_only:  # its pixels say which classes there are
+        return Picture(_key(image.file), str(file), str(mask))
+    return Picture(_key(image.file), str(file), labels=ids)
 
 
-def _save_groups(proposal: Any, listed: Sequence[Category], out: Path) -> None:
-    """The index's named groups of classes (base, novel ...) as uids, beside the shards."""
-    if isinstance(proposal, Mapping):
-        groups = {
-            name: [listed[index].uid for index in ids]
-            for name, ids in proposal.items()
-            if isinstance(ids, list)
-        }
-        write_atomically(out / "groups.json", json.dumps(groups, indent=1).encode())
-
-
-def _own_category(image: Mapping[str, Any]) -> Category:
+def _own_category(image: _Listed) -> Category:
     """The class of an image outside the class list: its synset with all its names, or its name."""
-    name = str(image["name"]).replace("_", " ")
-    wnid = image.get("wnid")
-    if not wnid:
+    name = image.name.replace("_", " ")
+    if not image.wnid:
         return Category(name_uid(name), name)
     from timm.data import ImageNetInfo
 
-    lemmas = _imagenet_info(ImageNetInfo).get(wnid, "")
+    lemmas = _imagenet_info(ImageNetInfo).get(image.wnid, "")
     synonyms = [lemma.strip() for lemma in lemmas.split(",") if lemma.strip() not in ("", name)]
-    return Category(wnid, name, tuple(synonyms))
+    return Category(image.wnid, name, tuple(synonyms))
 
 
 @functools.cache
@@ -276,24 +339,35 @@ def _is_wnid(name: str) -> bool:
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
+_Labels = str | tuple[str, ...]
+_Entries: Any = Mapping[str, _Labels] | tuple[tuple[str, _Labels], ...]
+
+
 def read_table(path: Path) -> list[tuple[str, list[str]]]:
     """(file, labels) of each image; ValueError naming the line that cannot be read."""
     if path.suffix == ".json":
-        content = read_json(path)
-        pairs = content.items() if isinstance(content, dict) else content
-        return [(file, [labels] if isinstance(labels, str) else list(labels))
+        entries = decode(_Entries, read_json(path), str(path))
+        pairs = entries.items() if isinstance(entries, dict) else entries
+        rows = [(file, [labels] if isinstance(labels, str) else [*labels])
                 for file, labels in pairs]  # fmt: skip
-    rows = []
-    lines = read_text(path).splitlines()
-    for number, row in enumerate(csv.reader(lines), start=1):
-        if not row or (number == 1 and row[0] in ("path", "file", "image")):
-            continue
-        if len(row) != 2:
-            raise ValueError(f"{path}, line {number}: expected path,label;label, found {row}")
-        rows.append((row[0], [label.strip() for label in row[1].split(";") if label.strip()]))
+    else:
+        rows = [*_csv_rows(path)]
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader(read_text(path).splitlines(), strict=True)
+    try:
+        for row in reader:
+            if not row or (reader.line_num == 1 and row[0] in ("path", "file", "image")):
+                continue
+            if len(row) != 2:
+                raise csv.Error(f"expected path,label;label, found {row}")
+            yield row[0], [label.strip() for label in row[1].split(";") if label.strip()]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def read_label_map(path: str, num_classes: int, first_value: int, ignore: tuple[int, ...]) -> Mask:
@@ -305,8 +379,12 @@ def read_by_table(path: str, table: Mapping[int, int]) -> Mask:
     return map_values(read_pixels(path), table, path)
 
 
-def _key(relative: Path) -> str:
-    return escape_key(str(relative.with_suffix("")))
+def _stem(file: str | Path) -> str:
+    return os.path.splitext(file)[0]  # Path.with_suffix refuses what is no name
+
+
+def _key(file: str | Path) -> str:
+    return escape_key(_stem(file))
 
 
 # ------------------------------------------------------------------------------------ class lists

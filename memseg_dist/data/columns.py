@@ -73,6 +73,14 @@ def read_rows(
             yield batch
 
 
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A file that fits into memory. ValueError naming it for any damage that shows."""
+    with reading_parquet(path):
+        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        table.validate(full=True)
+        return table
+
+
 @contextlib.contextmanager
 def reading_parquet(path: str | Path) -> Iterator[None]:
     """ValueError naming a file that Arrow cannot read."""

@@ -29,7 +29,9 @@ class CorruptSample(ValueError):
 
 
 def open_image(content: bytes, image_format: str) -> Image.Image:
-    """The image with only its header read; CorruptSample unless it is what it says it is."""
+    """The image with only its header read, and a PNG's checksums; CorruptSample unless it is what
+    it says it is.
+    """
     if image_format not in IMAGE_FORMATS:
         raise CorruptSample(
             f"image format {image_format!r} is not allowed; known are {sorted(IMAGE_FORMATS)}"
@@ -39,6 +41,9 @@ def open_image(content: bytes, image_format: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=[expected])
+            if expected == "PNG":  # whose checksums decoding passes over
+                image.verify()
+                image = Image.open(io.BytesIO(content), formats=[expected])
     except Exception as error:  # Pillow lets errors of many kinds through, as of a bad gAMA chunk
         raise CorruptSample(f"not a readable {expected} image ({error})") from error
     if image.width * image.height > MAX_PIXELS:

@@ -202,4 +202,5 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     except OSError as error:
         raise unwritable(target, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was moved, or could not be made
+            temporary.unlink()

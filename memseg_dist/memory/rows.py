@@ -285,7 +285,7 @@ class ShardedRows:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"bank-{dist.rank():05d}-of-{dist.size():05d}.parquet"
-        pq.write_table(pa.table(columns), folder / name)
+        pq.write_table(pa.table(columns), folder / name, write_page_checksum=True)
 
     # ---------------------------------------------------------------- checkpoints
 

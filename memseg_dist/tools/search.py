@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from memseg_dist.data.columns import reading_parquet
+from memseg_dist.data.columns import read_table, reading_parquet
 
 COLUMNS = ("uid", "position", "vector", "count", "last_step")
 
@@ -52,8 +53,7 @@ class PublishedRows:
                 missing = sorted(set(COLUMNS) - set(pq.read_schema(file).names))
             if missing:
                 raise ValueError(f"{file} is no published bank: it lacks the columns {missing}")
-        with reading_parquet(path):
-            table = pq.read_table(files, columns=[*COLUMNS]).combine_chunks()
+        table = pa.concat_tables([read_table(file, [*COLUMNS]) for file in files]).combine_chunks()
         if table.num_rows == 0:
             raise ValueError(f"the bank at {path} has no rows: nothing was committed to it yet")
         vectors = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

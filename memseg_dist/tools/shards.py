@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from memseg_dist.data.columns import read_table, reading_parquet
 from memseg_dist.data.decode import (
     MASK_EXTENSION,
     MASK_IGNORE,
@@ -220,7 +221,7 @@ def finish(root: str | Path, vocabulary: Vocabulary) -> Index:
     parts = sorted(folder.glob(f"shard-*{PART_SUFFIX}"))
     index_path = folder / INDEX_NAME
     tables = {part.name.removesuffix(PART_SUFFIX) + ".tar": part for part in parts}
-    old = pq.ParquetFile(index_path) if index_path.exists() else None
+    old = _opened(index_path) if index_path.exists() else None
     if not parts and old is None:
         raise ValueError(f"{folder}: no shards to index; write some with write_shard first")
     for name in tables:
@@ -231,7 +232,7 @@ def finish(root: str | Path, vocabulary: Vocabulary) -> Index:
     vocabulary.save(folder / VOCABULARY_NAME)
     try:
         if parts:
-            write_parquet(index_path, _merged(tables, old))
+            write_parquet(index_path, _merged(tables, old, index_path))
         for part in parts:
             part.unlink()
     except OSError as error:
@@ -239,19 +240,29 @@ def finish(root: str | Path, vocabulary: Vocabulary) -> Index:
     return Index.open(folder)
 
 
-def _merged(parts: dict[str, Path], old: pq.ParquetFile | None) -> Iterable[pa.Table]:
+def _opened(path: Path) -> pq.ParquetFile:
+    with reading_parquet(path):
+        return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def _merged(
+    parts: dict[str, Path], old: pq.ParquetFile | None, old_path: Path
+) -> Iterable[pa.Table]:
     """Row groups by shard name; a new part replaces the old rows of its shard."""
     groups: dict[str, list[int]] = {name: [] for name in parts}
     if old is not None:
-        for group in range(old.num_row_groups):
-            for shard in old.read_row_group(group, columns=["shard"])["shard"].unique().to_pylist():
-                groups.setdefault(shard, []).append(group)
+        with reading_parquet(old_path):
+            for group in range(old.num_row_groups):
+                shards = old.read_row_group(group, columns=["shard"])["shard"]
+                for shard in shards.unique().to_pylist():
+                    groups.setdefault(shard, []).append(group)
     for shard in sorted(groups):
         if old is None or shard in parts:
-            yield pq.read_table(parts[shard], schema=arrow_schema())
+            yield read_table(parts[shard])
             continue
         for group in groups[shard]:
-            table = old.read_row_group(group)
+            with reading_parquet(old_path):
+                table = old.read_row_group(group)
             yield table.filter(pc.equal(table["shard"], shard))
 
 
@@ -260,7 +271,7 @@ def _check_keys_and_labels(
 ) -> None:
     keys: list[pa.Array] = []
     for path in paths:
-        table = pq.read_table(path, columns=["key", "labels", "shard"])
+        table = read_table(path, ["key", "labels", "shard"])
         if path.name == INDEX_NAME:
             table = table.filter(pc.invert(pc.is_in(table["shard"], pa.array([*parts]))))
         highest = pc.max(pc.list_flatten(table["labels"])).as_py()

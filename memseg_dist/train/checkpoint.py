@@ -217,6 +217,16 @@ class Checkpoint:
                     f"{expected}; delete {self.path} to resume from an earlier checkpoint"
                 )
 
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Within, a ValueError of whoever takes over what is read names this checkpoint."""
+        try:
+            yield
+        except ValueError as error:
+            if self.path in str(error):
+                raise
+            raise ValueError(f"{self.path}: {error}") from error
+
     def verify_together(self) -> None:
         """Every rank checks its share of the files; an error is raised on all. Collective."""
         files = sorted(self.manifest.files)
@@ -280,9 +290,10 @@ def load(
     """
     checkpoint.verify_together()
     check_same_run(checkpoint, config, label_space)
-    engine.load(EngineState(checkpoint.weights(), checkpoint.optimizer()))
-    for name, memory in sorted(memories.items()):
-        memory.load_state_dict(checkpoint.reader(name))
+    with checkpoint.naming():
+        engine.load(EngineState(checkpoint.weights(), checkpoint.optimizer()))
+        for name, memory in sorted(memories.items()):
+            memory.load_state_dict(checkpoint.reader(name))
     return checkpoint.step
 
 

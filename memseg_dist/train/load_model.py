@@ -62,10 +62,11 @@ def load_model(checkpoint: Checkpoint, device: torch.device, with_memories: bool
     backbone = dataclasses.replace(config.backbone, pretrained="")  # the checkpoint has them all
     config_here = dataclasses.replace(config, backbone=backbone)
     method = build_method(config_here, label_space, device, for_training=with_memories)
-    load_weights(method, checkpoint.weights())
-    for name, memory in sorted(method.state().items()):
-        checkpoint.verify(checkpoint.files_of(name))
-        memory.load_state_dict(checkpoint.reader(name))
+    with checkpoint.naming():
+        load_weights(method, checkpoint.weights())
+        for name, memory in sorted(method.state().items()):
+            checkpoint.verify(checkpoint.files_of(name))
+            memory.load_state_dict(checkpoint.reader(name))
     return Model(method, config, label_space, checkpoint.step, device)
 
 

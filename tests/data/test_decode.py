@@ -54,6 +54,16 @@ def test_what_is_not_allowed_is_refused():
         decode_image(saved(deep, "PNG"), "png")
 
 
+def test_no_bit_of_a_mask_is_other_in_silence():
+    """Pillow decodes a PNG without looking at its checksums."""
+    content = encode_mask(blocks(3))
+    for bit in range(8 * 41, 8 * (len(content) - 12)):  # the pixels and their checksum
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CorruptSample, match="not a readable PNG image"):
+            decode_mask(bytes(damaged))
+
+
 def test_a_decompression_bomb_is_refused():
     bomb = saved(Image.new("1", (10_000, 10_000)), "PNG")
     assert len(bomb) < 100_000

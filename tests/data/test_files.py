@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from memseg_dist.data.files import read_bytes, read_json
+from memseg_dist.data.files import read_bytes, read_json, write_atomically
 from memseg_dist.data.index import Index
 from memseg_dist.tools.external import ensure_indexed
 
@@ -34,3 +34,8 @@ def test_json_that_is_nested_too_deeply_names_the_file(tmp_path):
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"a\.json: not JSON \(.*recursion"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot write to .*aaa: .*File name too long"):
+        write_atomically(tmp_path / ("a" * 300), b"")

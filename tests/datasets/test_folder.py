@@ -171,6 +171,35 @@ def test_bad_tables(folder, tmp_path, options, picture_files):
         build("x.jpg,cat\n")
     with pytest.raises(ValueError, match=r"no image .*z.jpg"):
         build("z.jpg,dog\n")
+    with pytest.raises(ValueError, match=r"t.csv, line 2: unexpected end of data"):
+        build('x.jpg,"dog\ny.jpg,dog\n')  # a quote that takes the other rows for labels
+    with pytest.raises(ValueError, match=r"t.csv: more than one image would be 'x'"):
+        build("x.jpg,dog\nx.jpg,dog\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("table", {"x.jpg": [1]}, r"table.json: x.jpg.*; it must be of type str"),
+        ("table", [["x.jpg"]], r"table.json: .*it must be a list of 2"),
+        ("index", {"classes": ["a"], "images": [7]}, r"index.json: images.0 is 7; it must be an"),
+        ("index", {"classes": ["a"], "images": [{}]}, r"'images.0.file' is missing"),
+        ("index", {"classes": "a", "images": []}, r"index.json: classes is 'a'; it must be a list"),
+        ("index", {"classes": ["a", "b"], "images": [{"file": "x.jpg", "labels": [-1]}]},
+         r"labels of 'x.jpg' is \[-1\]; it must be places in the list of 2 classes"),
+        ("index", {"classes": ["a"], "images": [{"file": "x.jpg"}]}, r"name of 'x.jpg' is ''"),
+    ],
+)  # fmt: skip
+def test_json_of_another_form_is_named(
+    folder, tmp_path, options, picture_files, name, content, message
+):
+    picture_files[0](tmp_path / "x.jpg")
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(content))
+    recipe = (folder.Table(path, tmp_path, options()) if name == "table"
+              else folder.IndexJson(path, options()))  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        folder.build(recipe)
 
 
 def test_real_coco80_and_i21k_like_share_their_classes(folder, tmp_path, options, real_data):

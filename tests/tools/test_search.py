@@ -75,6 +75,14 @@ def test_errors_name_what_is_wrong(published, tmp_path):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(ValueError, match=r"cut\.parquet is not a readable Parquet file"):
         PublishedRows.open(tmp_path / "cut.parquet")
+    file = next(published[0].glob("*.parquet"))
+    content = file.read_bytes()
+    for at in range(0, len(content), 23):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        try:
+            assert np.array_equal(PublishedRows.open(published[0]).vectors, rows.vectors), at
+        except ValueError as error:
+            assert str(file) in str(error)
     with pytest.raises(ValueError, match="no published bank"):
         PublishedRows.open(tmp_path / "nowhere")
     ShardedRows(Rings(3, 2), Overwrite(), 4).publish(tmp_path / "empty", UIDS)

@@ -125,6 +125,14 @@ def test_nothing_to_write_or_to_finish_is_an_error(tmp_path):
         finish(tmp_path, VOCABULARY)
 
 
+def test_a_damaged_part_index_is_named(tmp_path):
+    write_shard(tmp_path, 0, [sample(0)], num_classes=NUM_CLASSES)
+    part = tmp_path / "shard-000000.index.parquet"
+    overwrite(part, 20, b"\0" * 30)
+    with pytest.raises(ValueError, match=rf"{part} is not a readable Parquet file"):
+        finish(tmp_path, VOCABULARY)
+
+
 def test_finish_checks_the_vocabulary_and_the_shards(tmp_path):
     write_shard(tmp_path, 0, [sample(5)], num_classes=NUM_CLASSES)
     with pytest.raises(ValueError, match="label 5 is outside the vocabulary of 2 classes"):
@@ -183,7 +191,7 @@ def test_verify_lists_what_is_wrong(tmp_path):
         verify(tmp_path)
     message = str(raised.value)
     assert "'image0001': not a readable JPEG image" in message
-    assert "'image0004': PNG data is damaged" in message
+    assert "'image0004': not a readable PNG image (broken PNG" in message
     assert "cannot read " in message and "shard-000002.tar" in message
 
 

@@ -113,6 +113,13 @@ def test_a_flipped_byte_is_refused_with_file_and_hashes(process_pool, tmp_path, 
     assert "rank 0" in str(caught.value) and "rank 1" in str(caught.value)  # none is left waiting
 
 
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
+    path, _ = write(str(tmp_path))
+    engine = TorchEngine(Tiny(num_sources=3), tiny_config(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=rf"{path}: the saved weights do not fit this run's Tiny"):
+        load(Checkpoint(path), engine, {}, tiny_config(), LABELS)
+
+
 def test_torn_checkpoints_are_passed_over_and_named(tmp_path, caplog):
     directory = tmp_path / "c"
     assert latest(str(directory)) is None
