@@ -136,14 +136,22 @@ class Manifest:
     memories: Mapping[str, Mapping[str, tuple[Part, ...]]]
 
     def __post_init__(self) -> None:
-        tensors = [parts for tensors in self.memories.values() for parts in tensors.values()]
-        named = {part[0] for parts in tensors for part in parts}
+        tensors = {
+            f"memories.{memory}.{name}": parts
+            for memory, saved in self.memories.items()
+            for name, parts in saved.items()
+        }
+        named = {part[0] for parts in tensors.values() for part in parts}
         strange = sorted(name for name in self.files if name != Path(name).name)
         require(not strange, "files", strange, "files of the checkpoint's own directory")
         missing = sorted({"model.safetensors", "optimizer.safetensors", "run.json"} | named)
         missing = [name for name in missing if name not in self.files]
         require(not missing, "files", sorted(self.files), f"a list that has {missing} too")
-        require(all(tensors), "memories", self.memories, "one file or more for each tensor")
+        for key, parts in tensors.items():
+            starts, bounds = [part[1] for part in parts], [0, *(part[2] for part in parts)]
+            is_in_parts = starts == bounds[:-1] != [] and bounds == sorted(bounds)
+            wanted = "one file or more, with all (-1, -1) or rows from 0 without a gap"
+            require(is_in_parts or [part[1:] for part in parts] == [(-1, -1)], key, parts, wanted)
 
 
 @dataclass(frozen=True)

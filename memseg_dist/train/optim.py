@@ -135,12 +135,12 @@ def update_count(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_update_count(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"].copy_(saved["step"])
+            state["step"].copy_(read_state(saved, "step", "", state["step"].shape))
 
 
 def read_state(saved: Mapping[str, Tensor], key: str, name: str, shape: torch.Size) -> Tensor:
-    """The saved tensor `key` of parameter `name`; ValueError if it is missing or does not fit."""
-    tensor = saved.get(f"{key}/{name}")
+    """The saved tensor `key` of parameter `name` ("": of all); ValueError if it does not fit."""
+    tensor = saved.get(f"{key}/{name}" if name else key)
     if tensor is None or tensor.shape != shape:
         found = "nothing" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
         raise ValueError(

@@ -25,7 +25,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
-from fuzz.kinds import KINDS, Kind
+from fuzz.kind import Kind
+from fuzz.kinds import KINDS
 
 BYTES = 1 << 30
 SECONDS = 20
