@@ -33,7 +33,7 @@ demo: setup ## Train the baseline and LarvSeg on generated scenes: Ray, two Deep
 	$(BIN)/python jobs/demo.py
 
 test: setup lint ## Lint, types, layers, and the default test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## What takes minutes: the full-vocabulary step, job submission, every job's --smoke
 	$(BIN)/python -m pytest -m slow
