@@ -162,7 +162,7 @@ def build_classes(recipe: Classes) -> BuildReport:
     if loose:
         raise ValueError(f"image {loose[0]} is in no class folder; move it into {recipe.root}/NAME")
     names = sorted({relative.parts[0] for _, relative in images})
-    vocabulary = _vocabulary_of(names, recipe.classes, recipe.uids)
+    vocabulary = _vocabulary_of(names, recipe.classes, recipe.uids, recipe.root)
     find = finder(vocabulary)
     pictures = [
         Picture(_key(relative), str(path), labels=(find(relative.parts[0], str(path)),))
@@ -175,7 +175,7 @@ def build_classes(recipe: Classes) -> BuildReport:
 def build_table(recipe: Table) -> BuildReport:
     rows = read_table(recipe.table)
     names = sorted({label for _, labels in rows for label in labels})
-    vocabulary = _vocabulary_of(names, recipe.classes, recipe.uids)
+    vocabulary = _vocabulary_of(names, recipe.classes, recipe.uids, recipe.table)
     find = finder(vocabulary)
     pictures = []
     for file, labels in rows:
@@ -328,11 +328,15 @@ def _imagenet_info(info: Any) -> dict[str, str]:
     return dict(info("imagenet-21k-goog").label_descriptions(as_dict=True))
 
 
-def _vocabulary_of(names: Sequence[str], classes: Path | None, uids: Path | None) -> Vocabulary:
+def _vocabulary_of(
+    names: Sequence[str], classes: Path | None, uids: Path | None, origin: Path
+) -> Vocabulary:
     if classes:
         return read_classes(classes, uids)
+    if not names:
+        raise ValueError(f"{origin}: no labels in it; name the classes with --classes")
     categories = [Category(name if _is_wnid(name) else NO_UID, name) for name in names]
-    return Vocabulary(tuple(fill_uids(categories, uids, Path("the folder names"))))
+    return Vocabulary(tuple(fill_uids(categories, uids, origin)))
 
 
 def _is_wnid(name: str) -> bool:

@@ -18,14 +18,24 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
-_shown = reprlib.Repr()  # bounds what an error repeats of a file, in length and in depth
-_shown.maxstring = _shown.maxother = _shown.maxlong = 200
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 200
+
+
+def shown(value: Any) -> str:
+    """What an error repeats of a file, bounded in length and in depth."""
+    return _repr.repr(value)
 
 
 def parse(text: str | bytes, where: str) -> Any:
     """The values of a JSON text; ValueError naming the file `where`."""
     try:
-        return json.loads(text)
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text))
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half of a pair is no character, and no file's text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); write it again") from error
 
@@ -100,7 +110,7 @@ def _decode(kind: Any, value: Any, key: str, where: str) -> Any:
 
 def _wrong(key: str, value: Any, wanted: str, where: str) -> ValueError:
     name = key or "the file"
-    return ValueError(f"{where}: {name} is {_shown.repr(value)}; it must be {wanted}")
+    return ValueError(f"{where}: {name} is {shown(value)}; it must be {wanted}")
 
 
 _type_hints = functools.cache(get_type_hints)

@@ -23,6 +23,7 @@ from memseg_dist.data import files
 from memseg_dist.data.columns import FACTS_NAME, LAYOUT, ROWS_NAME, Facts, convert
 from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME
 from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.jsonable import shown
 
 
 class Row(NamedTuple):
@@ -260,7 +261,7 @@ class IndexPart(Index):
 
 def some(keys: Sequence[str]) -> str:
     """A few of the keys, for a message."""
-    return f"{', '.join(map(repr, keys[:3]))}{', ...' if len(keys) > 3 else ''}"
+    return f"{', '.join(map(shown, keys[:3]))}{', ...' if len(keys) > 3 else ''}"
 
 
 def external_index_folder(root: str, cache: Path) -> Path:

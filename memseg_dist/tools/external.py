@@ -31,7 +31,7 @@ from memseg_dist.data.decode import (
 from memseg_dist.data.index import external_index_folder
 from memseg_dist.data.schema import INDEX_NAME, MAX_MEMBER_BYTES, VOCABULARY_NAME, arrow_schema
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.jsonable import parse
+from memseg_dist.jsonable import parse, shown
 from memseg_dist.tools.shards import check_keys, sample_row, write_parquet
 from memseg_dist.tools.tar import tar_files
 
@@ -227,5 +227,5 @@ def _class_id(value: Any, vocabulary: Vocabulary | None) -> int:
     if isinstance(value, str) and vocabulary is not None and value in vocabulary:
         return vocabulary.index(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"label {value!r} is neither a class number nor a known uid")
+        raise ValueError(f"label {shown(value)} is neither a class number nor a known uid")
     return value

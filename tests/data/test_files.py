@@ -36,6 +36,17 @@ def test_json_that_is_nested_too_deeply_names_the_file(tmp_path):
         read_json(tmp_path / "a.json")
 
 
+def test_half_a_character_in_json_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(r'["\ud83d\ude00"]')
+    assert read_json(tmp_path / "a.json") == ["\N{GRINNING FACE}"]
+    for content in (rb'["\ud83d"]', rb'["\uDE00"]', b'["\xed\xa0\x80"]'):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"a\.json: not JSON \(.*surrogates not|a\.json: .*invalid"
+        ):
+            read_json(tmp_path / "a.json")
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot write to .*aaa: .*File name too long"):
         write_atomically(tmp_path / ("a" * 300), b"")

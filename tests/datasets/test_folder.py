@@ -181,6 +181,8 @@ def test_bad_tables(folder, tmp_path, options, picture_files):
     ("name", "content", "message"),
     [
         ("table", {"x.jpg": [1]}, r"table.json: x.jpg.*; it must be of type str"),
+        ("table", {"x.jpg": []}, r"table.json: no labels in it"),
+        ("table", {"x.jpg": ["a", "A"]}, r"table.json: classes 'A' and 'a' both get uid 'name:a'"),
         ("table", [["x.jpg"]], r"table.json: .*it must be a list of 2"),
         ("index", {"classes": ["a"], "images": [7]}, r"index.json: images.0 is 7; it must be an"),
         ("index", {"classes": ["a"], "images": [{}]}, r"'images.0.file' is missing"),
