@@ -100,7 +100,12 @@ def draw(stages: Mapping[str, Stage], vocabularies: Mapping[str, Vocabulary]) ->
     with_masks |= {run.validation.path for run in runs if run.validation}
     missing = [p for p in named if not is_reference(p) and not exists(join(p, INDEX_NAME))]
     for path in missing:
-        draw_miniature(Path(path), vocabularies[named[path]], with_masks=path in with_masks)
+        draw_miniature(
+            Path(path),
+            vocabularies[named[path]],
+            with_masks=path in with_masks,
+            num_images=max([8, *(source.slots for source in sources if source.path == path)]),
+        )
     for source in sorted(sources, key=lambda source: source.slots):  # the last of a split has most
         if source.split is not None and source.path in missing:
             draw_split(split_path(source.path, source.split), Index.open(source.path), source.slots)
@@ -122,13 +127,21 @@ def draw_split(path: str, index: Index, num_slots: int) -> None:
     write_atomically(path, "".join(f"{key}\n" for key in [*index.all_keys()][:number]).encode())
 
 
-def draw_miniature(root: Path, vocabulary: Vocabulary, *, with_masks: bool, size: int = 72) -> None:
-    """One shard of noisy colour fields, each field one class, spread over the whole vocabulary: 8
-    images, or with masks as many as it takes to show every class of the first 1,000.
+def draw_miniature(
+    root: Path,
+    vocabulary: Vocabulary,
+    *,
+    with_masks: bool,
+    num_images: int = 8,
+    size: int = 72,
+) -> None:
+    """One shard of noisy colour fields, each field one class, spread over the whole vocabulary: so
+    many images, or with masks more if it takes them to show every class of the first 1,000.
     """
     shown = min(len(vocabulary), 1000)
     order = np.random.default_rng(derive_seed("miniature", root.name)).permutation(shown)
-    num_images = max(8, -(-shown // 4)) if with_masks else 8
+    if with_masks:
+        num_images = max(num_images, -(-shown // 4))
 
     def samples() -> Iterator[Sample]:
         for number in range(num_images):
