@@ -66,7 +66,7 @@ def read_rows(
     names = arrow_schema().names if columns is None else [*columns]
     with files.open_binary(index_path) as stream, reading_parquet(index_path):
         parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-        _check_columns(parquet.schema_arrow, index_path)
+        check_columns(parquet.schema_arrow, index_path)
         for batch in parquet.iter_batches(num_rows, columns=names):
             batch.validate(full=True)
             _check_values(batch, index_path)
@@ -106,7 +106,8 @@ def _check_values(batch: pa.RecordBatch, index_path: str) -> None:
             raise ValueError(f"{index_path}: {name!r} is {low} .. {high}; write it again")
 
 
-def _check_columns(schema: pa.Schema, index_path: str) -> None:
+def check_columns(schema: pa.Schema, index_path: str | Path) -> None:
+    """ValueError unless they are those of an index."""
     for expected in arrow_schema():
         if expected.name not in schema.names or schema.field(expected.name).type != expected.type:
             found = schema.field(expected.name).type if expected.name in schema.names else "absent"

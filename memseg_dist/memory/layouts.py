@@ -11,6 +11,7 @@ Shape letters: T rows, C classes, E events (proposed rows), I id columns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
@@ -75,13 +76,11 @@ class Layout:
         saved = {name: read(name).numpy() for name in self.keys}
         if all(np.array_equal(saved[name], key) for name, key in self.keys.items()):
             return
-        # Beyond the last class of this run there may be more in the saved one.
-        num_classes = max(self.num_classes, int(saved["class"].max(initial=-1)) + 1)
-        before, now = (np.bincount(k["class"], minlength=num_classes) for k in (saved, self.keys))
-        changed = np.flatnonzero(before != now)
+        before, now = (Counter(k["class"].ravel().tolist()) for k in (saved, self.keys))
+        changed = sorted(key for key in before | now if before[key] != now[key])
         raise ValueError(
             f"the saved memory has {_described(saved)}, this run has {_described(self.keys)}; "
-            f"classes with another number of rows: {changed[:8].tolist()}: the classes, the images "
+            f"classes with another number of rows: {changed[:8]}: the classes, the images "
             "or labels of a source, or the capacity have changed; restore them, or give the run "
             "another name"
         )

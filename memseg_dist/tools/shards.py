@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from memseg_dist.data.columns import read_table, reading_parquet
+from memseg_dist.data.columns import check_columns, read_table, reading_parquet
 from memseg_dist.data.decode import (
     MASK_EXTENSION,
     MASK_IGNORE,
@@ -258,7 +258,9 @@ def _merged(
                     groups.setdefault(shard, []).append(group)
     for shard in sorted(groups):
         if old is None or shard in parts:
-            yield read_table(parts[shard])
+            table = read_table(parts[shard])
+            check_columns(table.schema, parts[shard])
+            yield table
             continue
         for group in groups[shard]:
             with reading_parquet(old_path):

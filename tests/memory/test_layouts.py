@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from memseg_dist.memory.layouts import NO_ROW, Layout, Regions, Rings, image_id
 
@@ -73,3 +74,9 @@ def test_classes_are_shared_by_rows(num_ranks):
         assert max(sum(counts[a:b]) for a, b in pairwise(bounds)) <= 104
     equal = Rings(12, 5).bounds(num_ranks)
     assert {b - a for a, b in pairwise(equal)} <= {12 // num_ranks, -(-12 // num_ranks)}
+
+
+def test_a_saved_class_id_of_any_size_is_only_reported():
+    saved = {"class": torch.tensor([0, 1, 2**53]), "position": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=rf"another number of rows: \[2, {2**53}\]"):
+        Rings(3, 1).check_saved(lambda name: saved[name])

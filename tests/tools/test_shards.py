@@ -131,6 +131,12 @@ def test_a_damaged_part_index_is_named(tmp_path):
     overwrite(part, 20, b"\0" * 30)
     with pytest.raises(ValueError, match=rf"{part} is not a readable Parquet file"):
         finish(tmp_path, VOCABULARY)
+    write_shard(tmp_path, 1, [sample(1)], num_classes=NUM_CLASSES)
+    part.unlink()
+    part = tmp_path / "shard-000001.index.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["width"]), part)
+    with pytest.raises(ValueError, match=rf"{part}: column 'width' is absent"):
+        finish(tmp_path, VOCABULARY)
 
 
 def test_finish_checks_the_vocabulary_and_the_shards(tmp_path):
