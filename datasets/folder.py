@@ -20,6 +20,7 @@ import functools
 import json
 import os
 import random
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -368,7 +369,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
             if not row or (reader.line_num == 1 and row[0] in ("path", "file", "image")):
                 continue
             if len(row) != 2:
-                raise csv.Error(f"expected path,label;label, found {row}")
+                raise csv.Error(f"expected path,label;label, found {reprlib.repr(row)}")
             yield row[0], [label.strip() for label in row[1].split(";") if label.strip()]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
