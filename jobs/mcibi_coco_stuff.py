@@ -45,6 +45,7 @@ class Options(PaperOptions):
     data: str = "shards"
     """Folder or URL of the shards coco_stuff_10k and coco_stuff."""
     release: Literal["10k", "164k"] = "10k"
+    """COCO-Stuff 10K, or the 118,287 training images of COCO-Stuff 164K."""
 
 
 def stages(options: Options) -> dict[str, Stage]:

@@ -44,6 +44,7 @@ class Options(PseudoSegOptions):
     data: str = "shards/voc2012"
     """Folder that datasets/voc2012.py wrote."""
     net: Literal["xception65", "resnet50", "resnet101"] = "xception65"
+    """The backbone."""
     launch: LaunchConfig = LaunchConfig(workers=(1, 32))
 
 

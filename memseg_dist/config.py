@@ -96,7 +96,9 @@ class OptimizerConfig:
     """SGD or AdamW under a polynomial or a stepwise schedule, by step."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent with momentum, or Adam with decoupled weight decay."""
     lr: float = 1e-3
+    """Highest learning rate."""
     momentum: float = 0.9
     """SGD only."""
     nesterov: bool = False
@@ -109,6 +111,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW only."""
     schedule: Literal["poly", "step"] = "poly"
+    """poly: the rate falls to `min_lr` along a polynomial; step: it falls at the `milestones`."""
     power: float = 0.9
     """poly: lr(step) = (lr - min_lr) * (1 - step / steps) ** power + min_lr."""
     min_lr: float = 1e-5
@@ -153,6 +156,7 @@ class EngineConfig:
     """What computes gradients and holds the optimizer."""
 
     kind: Literal["deepspeed", "torch"] = "deepspeed"
+    """DeepSpeed, or plain torch, which gives the same result."""
     zero_stage: int = 0
     """DeepSpeed: 0 replicates, 1 splits the optimizer's state over the workers, 2 gradients too."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -179,6 +183,7 @@ class LaunchConfig:
     workers: int | tuple[int, int] = 1
     """How many workers, or (min, max) for an elastic run. At most as many as there are slots."""
     cpus_per_worker: int = 1
+    """Cores that Ray reserves for each worker."""
     use_gpu: bool | None = None
     """One GPU per worker; by default if there is a GPU."""
     address: str | None = None
@@ -202,9 +207,12 @@ class TrackingConfig:
     """Where figures and pictures go. A tracking failure never stops training."""
 
     kind: Literal["mlflow", "console", "none"] = "mlflow"
+    """mlflow: MLflow, standard output and the run's directory; console: without MLflow; none:
+    nowhere."""
     uri: str | None = None
     """MLflow tracking URI; by default sqlite:///STORAGE/mlflow.db."""
     experiment: str = "memseg-dist"
+    """MLflow experiment that the run belongs to."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use of the machine as well."""
 
@@ -229,10 +237,13 @@ class Intervals:
     """How often something happens, in steps. What has an interval also happens after the last."""
 
     log: int = 50
+    """How often losses and speed are reported."""
     evaluate: int = 5000
+    """How often the validation set is scored."""
     checkpoint: int = 1000
+    """How often all of the run is saved."""
     keep_checkpoints: int = 3
-    """Older checkpoints are deleted."""
+    """So many of the newest checkpoints are kept."""
     poll: int = 10
     """How often the workers ask whether to stop (preemption, SIGTERM)."""
 
@@ -245,35 +256,39 @@ class Relabelling:
     """Renames classes of one source before the vocabularies are joined."""
 
     source: str
+    """Name of the source, or of the validation set."""
     classes: Annotated[str, tyro.conf.arg(help_behavior_hint=_shortened)]
     """JSON {local uid: {"uid": ..., "name": ..., "synonyms": [...]}}."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One training run."""
+    """One training run. Its flags are in the order of the fields: what is changed often first."""
 
     name: str
     """Files go to STORAGE/NAME; starting the same name again resumes it."""
     storage: str
     """Directory, or fsspec URL (s3://bucket/runs), that every worker can reach."""
-    sources: tuple[Source, ...]
-    """Data sources with their slots; a step is one micro-batch of every slot."""
-    method: MethodConfig
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    validation: ValidationConfig | None = None
-    seed: int = 0
     steps: int = 320_000
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    every: Intervals = field(default_factory=Intervals)
-    relabel: tuple[Relabelling, ...] = ()
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Of the fresh weights, the order of the samples and all that is drawn while training."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: from the newest whole checkpoint, if any; never: refuse a run directory that has one;
     must: refuse a run directory that has none."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    method: MethodConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    every: Intervals = field(default_factory=Intervals)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    validation: ValidationConfig | None = None
+    sources: tuple[Source, ...]
+    """Data sources with their slots; a step is one micro-batch of every slot."""
+    relabel: tuple[Relabelling, ...] = ()
+    """Classes that are renamed before the vocabularies are joined."""
 
     def __post_init__(self) -> None:
         check_leaves(self)

@@ -40,7 +40,8 @@ from memseg_dist.tools.pseudo_labels import label
 from memseg_dist.train.load_model import has_checkpoint
 from memseg_dist.train.platform import Tracker
 
-_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
+MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
+"""How tyro reads the command line of a job."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class PipelineOptions(JobOptions):
     storage: str = "runs"
     """Directory, or fsspec URL (s3://bucket/runs), that every worker can reach."""
     seed: int = 0
+    """Of the fresh weights, the order of the samples and all that is drawn while training."""
     launch: LaunchConfig = LaunchConfig()
     tracking: TrackingConfig = TrackingConfig()
     start_at: str | None = None
@@ -120,21 +122,27 @@ def parse(
 ) -> tuple[Options, dict[str, Stage]]:
     """The options, and the stages that follow from them as their own flags change them."""
     options, _ = tyro.cli(
-        kind, args=arguments, config=_MARKERS, return_unknown_args=True, add_help=False
+        kind, args=arguments, config=MARKERS, return_unknown_args=True, add_help=False
     )
     described = stages(options)
     if options.smoke:
         described = miniature.shrunk(described)
+    command = command_of(options, described)
+    parsed: Any = tyro.cli(command, args=arguments, description=description, config=MARKERS)
+    return options, {name: getattr(parsed, name) for name in described}
+
+
+def command_of(options: JobOptions, stages: Mapping[str, Stage]) -> type:
+    """The dataclass whose fields are a job's flags: its options, and every field of every stage."""
     bare = tyro.conf.arg(name="")
+    kind: Any = type(options)
     fields: list[tuple[str, Any, Any]] = [("options", Annotated[kind, bare], options)]
     # the flags of a pipeline's options would be those of its only run
-    is_alone = len(described) == 1 and not issubclass(kind, PipelineOptions)
-    for name, stage in described.items():
+    is_alone = len(stages) == 1 and not isinstance(options, PipelineOptions)
+    for name, stage in stages.items():
         stage_kind: Any = type(stage)
         fields.append((name, Annotated[stage_kind, bare] if is_alone else stage_kind, stage))
-    command = make_dataclass("command", fields)
-    parsed: Any = tyro.cli(command, args=arguments, description=description, config=_MARKERS)
-    return options, {name: getattr(parsed, name) for name in described}
+    return make_dataclass("command", fields)
 
 
 def run_stages(

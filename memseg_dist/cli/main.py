@@ -1,57 +1,59 @@
-"""The commands by name, and how errors end."""
+"""The commands by name, and how errors end.
+
+A command's module is imported when the command is asked for: `memseg --help` needs none of torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tyro
-from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
-from memseg_dist.cli import bank, predict, score
-from memseg_dist.cli.label import label_command
-from memseg_dist.cli.split import split
-from memseg_dist.data.index import Index
-from memseg_dist.tools.external import ensure_indexed
-from memseg_dist.tools.verify import verify
-
 DESCRIPTION = "Use, score and inspect what a run has learned."
+GROUPS = {
+    "bank": "Look into the memory of a run.",
+    "data": "Index, check and split data sets.",
+}
+COMMANDS = {
+    "predict": ("predict:predict", "Segment pictures and folders of pictures."),
+    "eval": ("score:score", "Score a checkpoint on shards with masks."),
+    "label": ("label:label_command", "Write pseudo labels."),
+    "bank inspect": ("bank:inspect", "Show what the memory holds, the coldest classes first."),
+    "bank search": ("bank:search", "Find the classes of the memory that are nearest by cosine."),
+    "data index": ("data:index", "Index WebDataset shards that others made."),
+    "data split": ("split:split", "Make splits of a data set."),
+    "data verify": ("data:verify", "Decode every member of a data set's shards."),
+}
+"""Where a command's function is, "module:function" beside this file, and what it does, as its docstring begins."""
 
 
-def data_verify(root: Positional[str]) -> None:
-    """Decode every member of a data set's shards and check it against the index.
-
-    Args:
-        root: Folder or URL with index.parquet and vocabulary.json.
-    """
-    ensure_indexed([root])
-    print(f"{root}: {verify(root)}")
-
-
-def data_index(root: Positional[str]) -> None:
-    """Index WebDataset shards that others made: KEY.jpg|png|webp with KEY.cls or KEY.json.
-
-    Args:
-        root: Folder or URL with *.tar; the index goes into it if it can be written to.
-    """
-    ensure_indexed([root])
-    print(f"{root}: {Index.open(root)}")
+def command_function(name: str, arguments: Sequence[str]) -> Callable[..., None]:
+    """The function of a command, whose flags may depend on the `arguments`."""
+    module, function = COMMANDS[name][0].split(":")
+    found = getattr(importlib.import_module(f"memseg_dist.cli.{module}"), function)
+    return found(arguments) if name == "label" else found
 
 
 def commands(arguments: Sequence[str]) -> SubcommandApp:
-    app, of_bank, of_data = SubcommandApp(), SubcommandApp(), SubcommandApp()
-    app.command(name="predict")(predict.predict)
-    app.command(name="eval")(score.score)
-    app.command(name="label")(label_command(arguments))
-    of_bank.command(name="inspect")(bank.inspect)
-    of_bank.command(name="search")(bank.search)
-    of_data.command(name="index")(data_index)
-    of_data.command(name="split")(split)
-    of_data.command(name="verify")(data_verify)
-    app.command(of_bank, name="bank", help="Look into the memory of a run.")
-    app.command(of_data, name="data", help="Index, check and split data sets.")
-    return app
+    """All commands; those that `arguments` do not ask for are there by name alone."""
+    apps = {"": SubcommandApp()} | {name: SubcommandApp() for name in GROUPS}
+    completes = any(argument.startswith("--tyro-") for argument in arguments)
+    for name, (_, summary) in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if completes or [*arguments[: name.count(" ") + 1]] == name.split():
+            apps[group].command(name=last)(command_function(name, arguments))
+        else:
+            apps[group].command(name=last, help=summary)(_not_asked_for)
+    for name, summary in GROUPS.items():
+        apps[""].command(apps[name], name=name, help=summary)
+    return apps[""]
+
+
+def _not_asked_for() -> None:
+    raise AssertionError("commands() imports what the command line asks for")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -36,27 +36,30 @@ _HUE = 0.1  # of the colour circle: 18 in OpenCV's 8-bit hue, whose circle has 1
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """resize: (long, short) sides at scale 1. keep_ratio: the image is made to fit into them, its
-    ratio kept; else its sides become exactly these, whatever its ratio ((520, 520): a square).
-
-    scale_range: factors drawn uniformly. crop: side of the square output in pixels, or its (height,
-    width). flip: chance.
-    category_max_ratio: a crop is drawn again (10 times at most) while one class covers this share
-    of its known pixels; 1.0 = never look at the mask when choosing the crop.
-    rotate: a share `rotate_chance` of the crops is turned about its centre, by an angle drawn
-    uniformly from -rotate..rotate degrees. A turned crop shows what of the image is there, beyond
-    the sides of the straight crop too; what lies outside the image is padding.
-    """
+    """How an image, its masks and its saliency become a crop."""
 
     resize: tuple[int, int] = (2048, 512)
+    """Longest and shortest side that an image is fitted to, at scale 1."""
     scale_range: tuple[float, float] = (0.5, 2.0)
+    """Least and greatest factor on these sides, drawn uniformly."""
     crop: int | tuple[int, int] = 512
+    """Side of the square crop in pixels, or its height and width."""
     flip: float = 0.5
+    """Share of the crops that are mirrored, 0 to 1."""
     photometric: bool = True
+    """Change brightness, contrast, saturation and hue at random."""
     category_max_ratio: float = 0.75
+    """A crop is drawn again (10 times at most) while one class covers this share of its known
+    pixels; 1.0: the mask is never looked at when choosing the crop."""
     keep_ratio: bool = True
+    """Keep the image's aspect ratio; else its sides become exactly `resize` ((520, 520): a
+    square)."""
     rotate: float = 0.0
+    """Crops are turned about their centre by an angle drawn uniformly from -rotate..rotate degrees.
+    A turned crop shows what of the image is there, beyond the sides of the straight crop too; what
+    lies outside the image is padding."""
     rotate_chance: float = 0.5
+    """Share of the crops that are turned, 0 to 1."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resize", tuple(self.resize))

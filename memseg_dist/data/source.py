@@ -28,44 +28,47 @@ from memseg_dist.data.vocabulary import LabelSpace
 
 @dataclass(frozen=True)
 class Source:
-    """One data set in a run and how its samples become batches.
-
-    name: its key in the label space. path: a folder or fsspec URL with shards.
-    slots: its micro-batches of a step. 0: it gives the label space its classes and is not read.
-    split: the name of a list of keys kept with the shards (`data.splits`), or a path to one; the
-    source is then these samples alone.
-    supervision: "masks" (every sample has one), "labels" (image labels only) or "none": neither
-    masks nor labels are looked at, whatever the shards have.
-    labels_from: "index" = the labels of the whole image; "crop" = the classes in the augmented
-    crop's mask at half its size, as LarvSeg does with ADE20K.
-    hide_mask: use masks for nothing but `labels_from="crop"`, not even for choosing the crop.
-    exclude: label-space uids whose pixels become IGNORE and whose labels are dropped.
-    repeat_threshold: class-balanced order, see `order.repeat_factors`. group: shards that are
-    shuffled together. on_corrupt: "skip" blanks a sample that cannot be read and counts it.
-    saliency: folder or fsspec URL of 8-bit grey PNGs <key>.png of the images' sizes, 255 = salient,
-    that are cut as the images are and become `Batch.saliency`.
-    pseudo_masks: folder or URL of shards with masks of the same keys, as the label stage writes
-    them; they are cut as the images are and become `Batch.pseudo_masks`, whatever `supervision`.
-    swap_on_flip: pairs of label-space uids that a mirror turns into each other, as a left and a
-    right arm: masks and labels of a flipped crop are swapped.
-    """
+    """One data set in a run and how its samples become batches."""
 
     name: str
+    """Its key in the label space."""
     path: str
+    """Folder or fsspec URL of the shards."""
     supervision: Supervision
+    """masks: every sample has one; labels: image labels only; none: neither masks nor labels are
+    looked at, whatever the shards have."""
     slots: int = 1
+    """Its micro-batches of a step. 0: it gives the label space its classes and is not read."""
     batch_per_slot: int = 2
-    augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 (frozen)
-    labels_from: Literal["index", "crop"] = "index"
-    hide_mask: bool = False
-    exclude: tuple[str, ...] = ()
-    repeat_threshold: float | None = None
-    group: int = 16
-    on_corrupt: Literal["raise", "skip"] = "raise"
-    saliency: str | None = None
-    swap_on_flip: tuple[tuple[str, str], ...] = ()
+    """Samples in a micro-batch."""
+    augment: AugmentConfig = AugmentConfig()
+    """How its images are cut into crops and changed."""
     split: str | None = None
+    """Name of a list of keys kept with the shards (`memseg data split`), or the path of one: the
+    source is these samples alone. None: all samples."""
+    exclude: tuple[str, ...] = ()
+    """Uids of classes whose pixels become unknown and whose labels are dropped."""
+    labels_from: Literal["index", "crop"] = "index"
+    """index: the labels of the whole image; crop: the classes in the mask of the augmented crop at
+    half its size, as LarvSeg does with ADE20K."""
+    hide_mask: bool = False
+    """Use masks for nothing but `labels_from` crop, not even for choosing the crop."""
+    repeat_threshold: float | None = None
+    """Class-balanced order: an image whose rarest class is in a share f of all images comes
+    sqrt(threshold / f) times an epoch, at least once. None: every image once."""
+    on_corrupt: Literal["raise", "skip"] = "raise"
+    """skip: a sample that cannot be read is left blank and counted; raise: it ends the run."""
+    group: int = 16
+    """So many shards are shuffled together."""
+    saliency: str | None = None
+    """Folder or fsspec URL of 8-bit grey PNGs KEY.png of the images' sizes, 255 = salient; they are
+    cut as the images are."""
     pseudo_masks: str | None = None
+    """Folder or URL of shards with masks of the same keys, as the label stage writes them; they are
+    cut as the images are, whatever the supervision."""
+    swap_on_flip: tuple[tuple[str, str], ...] = ()
+    """Pairs of uids of classes that a mirror turns into each other, as a left and a right arm:
+    masks and labels of a flipped crop are swapped."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))

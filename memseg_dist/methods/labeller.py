@@ -94,6 +94,7 @@ class LabellerConfig:
     """Base of every labeller's options; `kind` tells them apart."""
 
     kind: str
+    """Name of the labeller; it says which other options there are."""
 
     def open(self, model: LabellingModel) -> Label:
         """The function that labels pictures; called once per process."""

@@ -46,6 +46,8 @@ _FEATURE_OPTIONS = ("feature_location",)
 
 @dataclass(frozen=True)
 class BackboneConfig:
+    """The feature extractor and the weights that it starts from."""
+
     name: str = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     """timm model name: a ViT, Swin, ResNet, ConvNeXt, ...; vgg16 and resnet38 are this package's
     own, resnet38 without ImageNet weights."""
@@ -70,7 +72,9 @@ class BackboneConfig:
     batches of a pretrained net. It needs `pretrained`: random weights have no statistics to keep.
     """
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from red, green and blue, of 0 to 1; what the weights were trained with."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """Red, green and blue are divided by this after that."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Further keyword arguments of the model, values as JSON, e.g. {"embed_dim": "192"}; of
     resnet38 {"frozen": "true"}, of vgg16 and resnet38 {"width": "0.25"}; of an HRNet

@@ -41,6 +41,7 @@ class MCIBIConfig(MethodConfig):
     dim: int = 512
     """C, channels of pixel representations, memory and heads."""
     dropout: float = 0.1
+    """Share of the channels dropped before a head's last convolution."""
     transform_layers: int = 2
     """1 x 1 convolutions in g_q and g_k."""
     fusion: Literal["concat", "add", "weighted_add"] = "concat"
@@ -69,6 +70,7 @@ class MCIBIConfig(MethodConfig):
     momentum: float = 0.9
     """m_0: the share of the new value (not of the old one)."""
     momentum_schedule: Literal["poly", "constant"] = "poly"
+    """poly: the momentum falls over the steps, Eq. 7; constant: it stays m_0."""
     momentum_power: float = 0.9
     """p of Eq. 7."""
     momentum_floor: float = 0.01

@@ -68,6 +68,7 @@ class PseudoSegConfig(MethodConfig):
     jitter: float = 0.5
     """Strength of the colour jitter of the strong view; hue: half of it."""
     jitter_brightness: Brightness = "additive"
+    """Whether the jitter shifts the brightness or scales it."""
     cutout: float = 0.19
     """Side of the cut-out box, a share of the crop's; 0: none."""
     strong_statistics: bool = False

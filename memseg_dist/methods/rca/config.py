@@ -33,6 +33,8 @@ class RCAConfig(MethodConfig):
     aggregation: Literal["attention", "linear", "off"] = "attention"
     """How prototypes are read (RSA): softmax attention, the code's linear form, or not at all."""
     attention_scale: AttentionScale = "sqrt_dim"
+    """Inner products of the attention: divided by the root of their dimension, as they are (the
+    paper), or of unit vectors over a temperature."""
     attention_temperature: float = 0.07
     """Of the attention with scale "cosine"."""
     saliency_weight: float = 0.0
