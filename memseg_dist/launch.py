@@ -14,6 +14,7 @@ from typing import Any
 from memseg_dist.config import RunConfig, from_json, to_json, with_absolute_paths
 from memseg_dist.methods.kinds import register
 from memseg_dist.methods.method import MethodConfig
+from memseg_dist.nn.weights import fetch_weights
 from memseg_dist.platforms import local
 from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
@@ -30,6 +31,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
     ValueError for a config that cannot run here; RunFailed when training failed.
     """
     config = with_absolute_paths(config)
+    fetch_weights(config.backbone.name, config.backbone.pretrained)
     make_writable(config.directory)
     newest_checkpoint(config)
     config = replace(config, resume="auto")  # asked once: restarted workers do go on

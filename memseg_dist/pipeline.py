@@ -31,6 +31,7 @@ from memseg_dist.data.index import Index
 from memseg_dist.data.schema import INDEX_NAME
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.launch import build_mlflow, launch, provenance
+from memseg_dist.nn.weights import fetch_weights
 from memseg_dist.platforms.process import RunFailed
 from memseg_dist.stages import ExportConfig, LabelConfig, Stage, read_by, resolved, result_of
 from memseg_dist.tools import miniature
@@ -182,6 +183,16 @@ def check_stage(name: str, stages: Mapping[str, Stage]) -> None:
     """ValueError for what would be found out only after the days of the stages before."""
     stage = stages[name]
     if isinstance(stage, RunConfig):
+        weights = stage.backbone.pretrained
+        if any(f"{weights}/".startswith(f"{result_of(other)}/") for other in stages.values()):
+            return  # a stage writes them
+        try:
+            fetch_weights(stage.backbone.name, weights)
+        except ValueError as error:
+            if len(stages) == 1:
+                raise
+            text = str(error).replace("--backbone.", f"--{name}.backbone.")
+            raise ValueError(f"stage {name!r}: {text}") from error
         return
     if is_url(stage.out):
         raise ValueError(

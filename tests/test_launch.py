@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def test_an_output_that_cannot_be_written_is_named_before_anything_starts(tiny_d
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot write to .*/file/runs/tiny: .*--storage"):
         launch(tiny_run(tiny_data, tmp_path / "file" / "runs"))
+
+
+def test_weights_that_are_not_there_are_named_before_anything_starts(tiny_data, tmp_path):
+    run = tiny_run(tiny_data, tmp_path / "runs")
+    backbone = replace(run.backbone, pretrained="gone.safetensors")
+    with pytest.raises(ValueError, match=r"backbone weights '.*/gone.safetensors' do not exist"):
+        launch(replace(run, backbone=backbone))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_probe_leaves_nothing(tmp_path):

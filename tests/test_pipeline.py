@@ -108,7 +108,7 @@ def test_help_shows_options_and_stages_with_the_jobs_values(capsys):
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "A toy." in text and "--smoke" in text and "--launch.workers" in text
-    assert "--train.steps INT (default: 4)" in text
+    assert "--train.steps INT Optimizer steps of the whole run. (default: 4)" in text
     assert "--export.checkpoint" in text and "(default: stage:train)" in text
     assert "Folder of its shards. (default: mine)" in text
 
@@ -346,6 +346,13 @@ def test_what_would_fail_late_fails_before_the_first_stage(folder, changes, mess
         run_stages(labelling(**changes))
     assert not Path("runs").exists()
     run_stages(labelling(**changes), [])  # stages that are not chosen are not checked
+
+
+def test_weights_are_there_before_the_first_stage(folder):
+    wanted = "stage 'train': backbone weights '.*gone.safetensors' do not exist"
+    flags = ("--until", "export", "--train.backbone.pretrained", "gone.safetensors")
+    assert re.search(wanted, error_of(*flags))
+    assert not Path("runs").exists()
 
 
 def test_an_export_to_a_url_fails_before_the_first_stage(folder):

@@ -24,7 +24,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import freeze_batch_norm_2d, resample_abs_pos_embed
 from timm.models import FeatureInfo
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from memseg_dist.nn.batchnorm import record_batchnorm
 from memseg_dist.nn.resnet38 import ResNet38
 from memseg_dist.nn.vgg import Vgg16
+from memseg_dist.nn.weights import fetch_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -247,7 +247,8 @@ def save_backbone(backbone: Backbone, path: str | Path) -> None:
 
 def _load_pretrained(net: Any, config: BackboneConfig, options: dict[str, Any]) -> None:
     """Weights of the same architecture. ValueError names the file and what does not fit."""
-    saved = None if config.pretrained == "hub" else _read(config.pretrained)
+    fetch_weights(config.name, config.pretrained)
+    saved = None if config.pretrained == "hub" else load_file(config.pretrained)
     try:
         if saved is not None and all(name.startswith("net.") for name in saved):
             weights = {name.removeprefix("net."): tensor for name, tensor in saved.items()}
@@ -265,29 +266,6 @@ def _load_pretrained(net: Any, config: BackboneConfig, options: dict[str, Any]) 
         raise ValueError(
             f"backbone weights '{config.pretrained}' do not fit '{config.name}': "
             f"{' '.join(lines)}; were they written with the same backbone name, options and stages?"
-        ) from error
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(
-            f"backbone weights '{path}' do not exist; give a .safetensors file or 'hub'"
-        )
-    if Path(path).suffix != ".safetensors":
-        convert = (
-            "import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() "
-            f"for k, v in torch.load('{path}', weights_only=True).items()}}, "
-            f"'{Path(path).with_suffix('.safetensors')}')"
-        )
-        raise ValueError(
-            f"backbone weights '{path}' are no .safetensors file; convert them: {convert}"
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"backbone weights '{path}' are cut short or no .safetensors file: {error}; fetch or "
-            "convert them again"
         ) from error
 
 
