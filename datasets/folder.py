@@ -9,7 +9,7 @@ Class lists (--classes): a text file with one name a line, in the order of the i
 tabs: uid, synonyms by commas); a JSON list of names, {"classes": [names]}, or a vocabulary.json.
 A class without a uid gets that of the same-named class of --uids VOCABULARY (such as
 datasets/vocabularies/coco_stuff_171.json), so that it is one class with that data set's; else
-"name:dog". The commands that turn the sample data of the project's checks into shards are in
+"name:dog", but a class named background the uid "background", which pseudo labels give theirs. The commands that turn the sample data of the project's checks into shards are in
 docs/results.md.
 """
 
@@ -31,7 +31,7 @@ import tyro
 
 from memseg_dist.checks import require
 from memseg_dist.data.files import read_json, read_text, write_atomically
-from memseg_dist.data.vocabulary import Category, Vocabulary, fold
+from memseg_dist.data.vocabulary import BACKGROUND, Category, Vocabulary, fold
 from memseg_dist.jsonable import decode
 from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
 from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
@@ -450,7 +450,8 @@ def fill_uids(categories: Sequence[Category], uids: Path | None, origin: Path) -
 
 
 def name_uid(name: str) -> str:
-    return f"name:{fold(name)}"
+    """The background's is that of the pseudo labels, so that it is one class with theirs."""
+    return BACKGROUND if fold(name) == BACKGROUND else f"name:{fold(name)}"
 
 
 def finder(vocabulary: Vocabulary) -> Callable[[str, str], int]:

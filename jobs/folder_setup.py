@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.data.vocabulary import BACKGROUND, Category, Vocabulary
 from memseg_dist.pipeline import JobOptions
-
-BACKGROUND = "background"
-"""Uid of the class of all that has no label."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rca_pipeline import AUGMENT, BACKGROUND, VGG16, RCAOptions, published
+from rca_pipeline import AUGMENT, VGG16, RCAOptions, published
 
 from memseg_dist.data.loader import Source
-from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.data.vocabulary import BACKGROUND, Vocabulary
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.pipeline import main
 from memseg_dist.stages import Stage

@@ -17,12 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from folder_setup import labelled, read_vocabularies
-from rca_pipeline import BACKGROUND, SEGMENTER_OPTIMIZER, RCAOptions, rca_stages
+from rca_pipeline import SEGMENTER_OPTIMIZER, RCAOptions, rca_stages
 
 from memseg_dist.config import OptimizerConfig, ValidationConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
-from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.data.vocabulary import BACKGROUND, Vocabulary
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.nn.backbone import BackboneConfig

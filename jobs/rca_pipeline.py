@@ -19,6 +19,7 @@ from memseg_dist.config import (
 )
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
+from memseg_dist.data.vocabulary import BACKGROUND
 from memseg_dist.methods.rca.config import RCAConfig, released
 from memseg_dist.methods.rca.fusion import RULES, FusionConfig
 from memseg_dist.methods.rca.labeller import ActivationLabeller
@@ -27,8 +28,6 @@ from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.pipeline import PipelineOptions
 from memseg_dist.stages import LabelConfig, Stage, result
 
-BACKGROUND = "background"
-"""Uid of the background class in the recipes' vocabularies."""
 AUGMENT = AugmentConfig(
     resize=(368, 368),
     scale_range=(1.0, 1.0),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rca_pipeline import BACKGROUND, RCAOptions, rca_stages
+from rca_pipeline import RCAOptions, rca_stages
 from scenes_setup import BACKBONE, NUM_OBJECTS
 
 from memseg_dist.config import (
@@ -27,7 +27,7 @@ from memseg_dist.config import (
 )
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
-from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.data.vocabulary import BACKGROUND, Vocabulary
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.rca.fusion import FusionConfig
 from memseg_dist.methods.segment import SegmentConfig

@@ -26,10 +26,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rca_pipeline import AUGMENT, BACKGROUND, VGG16, RCAOptions, published
+from rca_pipeline import AUGMENT, VGG16, RCAOptions, published
 
 from memseg_dist.data.loader import Source
-from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.data.vocabulary import BACKGROUND, Vocabulary
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.pipeline import main

@@ -22,6 +22,8 @@ from memseg_dist.data.files import read_json, write_atomically
 from memseg_dist.jsonable import decode
 
 VOCABULARY_FORMAT = 1
+BACKGROUND = "background"
+"""Uid and name of the class of all that has no label of its own."""
 
 
 def fold(name: str) -> str:
@@ -185,6 +187,13 @@ class LabelSpace:
             ids = [union_ids[target.uid] for target in targets]
             to_union[source] = np.array(ids, dtype=np.int32)
         categories = tuple(_merge(same) for same in merged.values())
+        backgrounds = {item.uid: merged[item.uid][0][1] for item in categories
+                       if fold(item.name) == BACKGROUND}  # fmt: skip
+        if len(backgrounds) > 1:
+            raise ValueError(
+                f"the background has several uids, by vocabulary: {backgrounds}; it would be as "
+                f"many classes. Write the shards anew, with uid {BACKGROUND!r}, or relabel them"
+            )
         return cls(Vocabulary(categories, origin="of the label space"), to_union)
 
     def ids(self, source: str) -> NDArray[np.int32]:

@@ -70,6 +70,14 @@ def test_union_is_keyed_by_uid_in_order_of_first_appearance():
     assert space.classes("b").tolist() == [1, 2, 3]
 
 
+def test_one_background_alone():
+    ours, theirs = Category("background", "background"), Category("name:background", "Background")
+    sources = {"train": Vocabulary((ours,), "a.json"), "val": Vocabulary((theirs,), "b.json")}
+    with pytest.raises(ValueError, match=r"several uids.*'name:background': 'b\.json'.*relabel"):
+        LabelSpace.union(sources)
+    assert len(LabelSpace.union(sources, {"val": {"name:background": ours}})) == 1
+
+
 def test_relabelling_merges_classes_and_counts_them():
     raw = vocabulary("wall-brick", "tree", "wall-tile", "wall-wood")
     wall = Category("wall", "wall")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import LabelSpace, Vocabulary
+from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.tools.recipe import read_pixels
 
 COCO = Path(__file__).resolve().parents[2] / "datasets" / "vocabularies" / "coco_stuff_171.json"
@@ -83,6 +84,12 @@ def test_class_lists(load_recipe, tmp_path, content):
     path.write_text(content)
     assert load_recipe("folder").read_classes(path).uids == ("name:dog", "name:cat")
     assert load_recipe("folder").read_classes(path, COCO).uids == ("n02084071", "n02121620")
+
+
+def test_the_background_of_a_class_list_is_that_of_the_pseudo_labels(load_recipe, tmp_path):
+    (tmp_path / "c.txt").write_text("Background\ndog\n")
+    read = load_recipe("folder").read_classes(tmp_path / "c.txt")
+    assert read.uids == (ActivationLabeller().background_uid, "name:dog")
 
 
 def test_a_class_list_may_be_a_vocabulary(load_recipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,14 @@ def test_the_truth_scores_100(truth, tmp_path):
     scores = score_pseudo_labels(truth, truth, cache_dir=tmp_path / "cache", show_progress=False)
     assert scores.excluded.miou() == scores.wrong.miou() == 100
     assert scores.share_unknown == 0 and scores.num_images == 3 and scores.num_without_truth == 1
+
+
+def test_the_background_is_found_by_its_name(pseudo, truth, tmp_path):
+    """Class lists used to give it the uid "name:background"."""
+    named = replace(BACKGROUND, uid="name:background", name="Background")
+    Vocabulary((DOG, named, CAT)).save(truth / "vocabulary.json")
+    scores = score_pseudo_labels(pseudo, truth, cache_dir=tmp_path / "cache", show_progress=False)
+    assert iou(scores.excluded) == pytest.approx({"dog": 0, "Background": 6 / 7, "cat": 2 / 4})
 
 
 def test_all_unknown_is_nothing_or_all_wrong(truth, tmp_path):

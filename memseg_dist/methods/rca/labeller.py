@@ -13,6 +13,7 @@ from torch import Tensor
 from memseg_dist.checks import check_scales, require
 from memseg_dist.data.files import absolute, is_url
 from memseg_dist.data.saliency import check_has_saliency, read_saliency
+from memseg_dist.data.vocabulary import BACKGROUND
 from memseg_dist.methods.labeller import (
     Label,
     Labelled,
@@ -42,7 +43,7 @@ class ActivationLabeller(LabellerConfig):
     saliency: str | None = None
     """Folder or URL of saliency maps <key>.png (8-bit grey, 255 = salient)."""
     fusion: FusionConfig = field(default_factory=FusionConfig)
-    background: str = "background"
+    background: str = BACKGROUND
     """Uid of the class that everything else belongs to; the first of the classes written."""
 
     def __post_init__(self) -> None:

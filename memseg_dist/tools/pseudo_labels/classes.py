@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.files import absolute
 from memseg_dist.data.index import Index
-from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.data.vocabulary import BACKGROUND, Category, Vocabulary, fold
 from memseg_dist.methods.labeller import LabellerConfig
 from memseg_dist.tools.pseudo_labels.model import CheckpointModel
 
@@ -42,7 +42,10 @@ def choose_classes(
     to_space = _local_to_space(index, model)
     values = index.labels_values[: int(index.labels_offsets[num_images])]
     num_labelled = np.bincount(values, minlength=len(uids))
-    is_background = np.array([uid == background for uid in uids], dtype=bool)
+    names = index.vocabulary.names
+    is_background = np.array(
+        [uid == background or fold(name) == BACKGROUND for uid, name in zip(uids, names)]
+    ) & (background is not None)
     if background is not None and background in space.vocabulary:  # also where it was renamed
         is_background |= to_space == space.vocabulary.index(background)
     unknown = [
