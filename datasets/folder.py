@@ -1,6 +1,7 @@
 """Your own pictures to shards.
 
     folder.py masks   --images IMAGES --masks MASKS --classes classes.txt --out shards/mine
+    folder.py masks   ... --unlabelled --values values.json   # masks of some images and classes
     folder.py classes --root FOLDER --out shards/mine         # FOLDER/dog/1.jpg, FOLDER/cat/...
     folder.py table   --table labels.csv --images IMAGES --classes classes.txt --out shards/mine
     folder.py index-json --index index.json --split train --out shards/mine
@@ -9,8 +10,8 @@ Class lists (--classes): a text file with one name a line, in the order of the i
 tabs: uid, synonyms by commas); a JSON list of names, {"classes": [names]}, or a vocabulary.json.
 A class without a uid gets that of the same-named class of --uids VOCABULARY (such as
 datasets/vocabularies/coco_stuff_171.json), so that it is one class with that data set's; else
-"name:dog", but a class named background the uid "background", which pseudo labels give theirs. The commands that turn the sample data of the project's checks into shards are in
-docs/results.md.
+"name:dog", but the background the uid that pseudo labels give theirs. The commands that turn the
+sample data of the project's checks into shards are in docs/results.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,15 @@ from memseg_dist.data.files import read_json, read_text, write_atomically
 from memseg_dist.data.vocabulary import BACKGROUND, Category, Vocabulary, fold
 from memseg_dist.jsonable import decode
 from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
-from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
+from memseg_dist.tools.recipe import (
+    Mask,
+    Picture,
+    Skipped,
+    list_images,
+    map_values,
+    passed_over,
+    read_pixels,
+)
 from memseg_dist.tools.shards import escape_key
 
 NO_UID = "?"
@@ -45,18 +54,29 @@ class Masks:
     """A folder of images and a folder of label maps with the same file names."""
 
     images: Path
+    """Folder of the images, with sub-folders."""
     masks: Path
     """Grey or palette PNG; a pixel's value is its class's place in the class list."""
     classes: Path
+    """Class list, in the order of the values."""
     options: Options
     ignore: tuple[int, ...] = (255,)
     """Values of pixels without a label."""
     first_value: int = 0
     """The value of the first class (1 where 0 means background to ignore: add --ignore 0)."""
+    values: Path | None = None
+    """JSON {value: class of the list, or null for no label} where values are not places in the list
+    or several are one class; "*" is all other values: {"7": "road", "8": "road", "*": null}."""
+    unlabelled: bool = False
+    """Take images without a mask as unlabelled ones; else such an image is an error."""
     labels_only: bool = False
     """Write the classes of the mask as image labels, and no mask."""
     uids: Path | None = None
     """Vocabulary to take uids from, by name."""
+
+    def __post_init__(self) -> None:
+        if self.values is not None and self.first_value:
+            raise ValueError(f"--first-value {self.first_value} goes without --values")
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,7 @@ class Classes:
     """One folder of images per class, named by the class or by its WordNet id."""
 
     root: Path
+    """Folder of the class folders."""
     options: Options
     classes: Path | None = None
     """Class list; the folders' names if not given."""
@@ -76,6 +97,7 @@ class Table:
     """Image labels in a CSV (path,label;label) or JSON ({path: [labels]} or [[path, labels]])."""
 
     table: Path
+    """The .csv or .json file."""
     images: Path
     """Folder that the paths in the table start from."""
     options: Options
@@ -93,6 +115,7 @@ class IndexJson:
     gets the class of its own wnid or name."""
 
     index: Path
+    """The index.json."""
     options: Options
     split: str | None = None
     """Only images of this split."""
@@ -134,27 +157,46 @@ def check_once(pictures: Sequence[Picture], origin: Path) -> None:
 def build_masks(recipe: Masks) -> BuildReport:
     vocabulary = read_classes(recipe.classes, recipe.uids)
     pictures = []
+    left_out = passed_over(recipe.images)
     for image in list_images(recipe.images):
         relative = image.relative_to(recipe.images)
         mask = (recipe.masks / relative).with_suffix(".png")
-        if not mask.exists():
-            raise ValueError(f"image {image} has no mask {mask}; add it or remove the image")
-        pictures.append(Picture(_key(relative), str(image), str(mask)))
+        if not (mask.exists() or recipe.unlabelled):
+            raise ValueError(
+                f"image {image} has no mask {mask}; add it, remove the image, or take such images "
+                "as unlabelled ones: --unlabelled"
+            )
+        pictures.append(Picture(_key(relative), str(image), str(mask) if mask.exists() else None))
     check_once(pictures, recipe.images)
-    read_mask = functools.partial(
-        read_label_map,
-        num_classes=len(vocabulary),
-        first_value=recipe.first_value,
-        ignore=recipe.ignore,
-    )
+    if recipe.masks.resolve() != recipe.images.resolve():
+        used = {picture.mask for picture in pictures}
+        unused = [path for path in sorted(recipe.masks.rglob("*.png")) if str(path) not in used]
+        left_out += [Skipped(str(path), "a mask without an image") for path in unused]
+    table, other = read_values(recipe, vocabulary)
     return build_pictures(
         recipe.options.out,
         vocabulary,
         pictures,
         recipe.options,
-        read_mask=read_mask,
+        read_mask=functools.partial(read_by_table, table=table, other=other),
         labels_only=recipe.labels_only,
+        left_out=left_out,
     )
+
+
+def read_values(recipe: Masks, vocabulary: Vocabulary) -> tuple[dict[int, int], int | None]:
+    """Pixel value -> local id, -1 for no label; and the id of all other values, if there is one."""
+    ignored = dict.fromkeys(recipe.ignore, -1)
+    if recipe.values is None:
+        ids = range(len(vocabulary))
+        return {recipe.first_value + local: local for local in ids} | ignored, None
+    find, where = finder(vocabulary), str(recipe.values)
+    named: Mapping[str, str | None] = decode(_Values, read_json(recipe.values), where)
+    ids_of = {value: -1 if name is None else find(name, where) for value, name in named.items()}
+    other = ids_of.pop("*", None)
+    wrong = [value for value in ids_of if not value.isdecimal()]
+    require(not wrong, f"{where}: values", wrong, 'whole numbers, or "*" for all others')
+    return ignored | {int(value): local for value, local in ids_of.items()}, other
 
 
 def build_classes(recipe: Classes) -> BuildReport:
@@ -163,6 +205,10 @@ def build_classes(recipe: Classes) -> BuildReport:
     if loose:
         raise ValueError(f"image {loose[0]} is in no class folder; move it into {recipe.root}/NAME")
     names = sorted({relative.parts[0] for _, relative in images})
+    folders = sorted(path.name for path in recipe.root.iterdir() if path.is_dir())
+    left_out = passed_over(recipe.root)
+    left_out += [Skipped(name, "a class folder without an image")
+                 for name in folders if name not in names]  # fmt: skip
     vocabulary = _vocabulary_of(names, recipe.classes, recipe.uids, recipe.root)
     find = finder(vocabulary)
     pictures = [
@@ -170,7 +216,9 @@ def build_classes(recipe: Classes) -> BuildReport:
         for path, relative in images
     ]
     check_once(pictures, recipe.root)
-    return build_pictures(recipe.options.out, vocabulary, pictures, recipe.options)
+    return build_pictures(
+        recipe.options.out, vocabulary, pictures, recipe.options, left_out=left_out
+    )
 
 
 def build_table(recipe: Table) -> BuildReport:
@@ -344,6 +392,7 @@ def _is_wnid(name: str) -> bool:
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
+_Values: Any = Mapping[str, str | None]
 _Labels = str | tuple[str, ...]
 _Entries: Any = Mapping[str, _Labels] | tuple[tuple[str, _Labels], ...]
 
@@ -375,13 +424,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def read_label_map(path: str, num_classes: int, first_value: int, ignore: tuple[int, ...]) -> Mask:
-    table = {first_value + local: local for local in range(num_classes)}
-    return map_values(read_pixels(path), table | dict.fromkeys(ignore, -1), path)
-
-
-def read_by_table(path: str, table: Mapping[int, int]) -> Mask:
-    return map_values(read_pixels(path), table, path)
+def read_by_table(path: str, table: Mapping[int, int], other: int | None = None) -> Mask:
+    return map_values(read_pixels(path), table, path, other)
 
 
 def _stem(file: str | Path) -> str:

@@ -29,7 +29,8 @@ COMMANDS = {
     "data split": ("split:split", "Make splits of a data set."),
     "data verify": ("data:verify", "Decode every member of a data set's shards."),
 }
-"""Where a command's function is, "module:function" beside this file, and what it does, as its docstring begins."""
+"""Where a command's function is, "module:function" beside this file, and how its docstring begins.
+"""
 
 
 def command_function(name: str, arguments: Sequence[str]) -> Callable[..., None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from memseg_dist.batch import IGNORE
 
 IMAGE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_ENDS = {"jpg": b"\xff\xd9", "jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82"}
 MASK_EXTENSION = "mask.png"
 MASK_IGNORE = 65535
 PICKLE_EXTENSIONS = frozenset({"pyd", "pkl", "pickle", "pth", "pt", "ckpt", "joblib", "dill"})
@@ -51,6 +52,16 @@ def open_image(content: bytes, image_format: str) -> Image.Image:
             f"image of {image.width} x {image.height} pixels is above the limit of {MAX_PIXELS}"
         )
     return image
+
+
+def check_whole(content: bytes, image_format: str) -> None:
+    """CorruptSample for a file that is cut short. Only one whose end looks wrong is decoded."""
+    if image_format == "webp":
+        is_whole = len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    else:
+        is_whole = content.rstrip(b"\0").endswith(_ENDS[image_format])
+    if not is_whole:
+        decode_image(content, image_format)
 
 
 def load_pixels(image: Image.Image, mode: str | None = None) -> np.ndarray:

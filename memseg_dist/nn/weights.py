@@ -40,7 +40,7 @@ def _download(name: str) -> None:
         hf_hub_download(repository, HUB_FILE)
     except EntryNotFoundError:
         return  # timm knows other names of the file
-    except Exception as error:  # noqa: BLE001 - of the HTTP client, which differs by version
+    except Exception as error:  # of the HTTP client, which differs by version
         raise ValueError(
             f"the weights of backbone '{name}' cannot be fetched from {repository} on timm's hub "
             f"({error}); give a file of them: --backbone.pretrained FILE.safetensors, or '' for "

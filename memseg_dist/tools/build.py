@@ -44,6 +44,8 @@ from memseg_dist.tools.verify import verify
 
 NOTES = ".build"
 PLAN = "plan.json"
+_SHOWN = 20
+"""Classes that a report names."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """Sums over the shards of one split; num_resumed shards were there already."""
+    """Sums over the shards of one split; num_resumed shards were there already.
+
+    skipped: (key, reason) of what was left out. images_of: images by the name of each class.
+    """
 
     root: Path
     num_samples: int
@@ -90,19 +95,38 @@ class BuildReport:
     num_bytes: int
     num_resumed: int
     skipped: tuple[tuple[str, str], ...]
+    images_of: tuple[tuple[str, int], ...] = ()
+    num_unlabelled: int = 0
 
     def __str__(self) -> str:
         resumed = f", {self.num_resumed} of them built before" if self.num_resumed else ""
         lines = [
             f"{self.root}: {self.num_samples:,} images in {self.num_shards} shards{resumed}, "
-            f"{self.num_bytes / 2**20:,.1f} MiB"
+            f"{self.num_bytes / 2**20:,.1f} MiB",
+            *_class_lines(self.images_of),
         ]
+        if self.num_unlabelled:
+            lines.append(f"  {self.num_unlabelled:,} images without a class")
         if self.skipped:
-            lines.append(f"  {len(self.skipped)} images skipped:")
+            lines.append(f"  {len(self.skipped):,} left out:")
         for reason, count in Counter(reason for _, reason in self.skipped).most_common():
             key = next(key for key, why in self.skipped if why == reason)
             lines.append(f"    {count} x {reason} (such as {key})")
         return "\n".join(lines)
+
+
+def _class_lines(images_of: Sequence[tuple[str, int]]) -> list[str]:
+    """Images per class: of each, or of the rarest and the most frequent where they are many."""
+    some = sorted((item for item in images_of if item[1]), key=lambda item: item[1])
+    none = [name for name, count in images_of if not count]
+    shown = [f"{name} {count:,}" for name, count in some]
+    if len(shown) > _SHOWN:
+        shown = [*shown[: _SHOWN // 2], "...", *shown[-_SHOWN // 2 :]]
+    lines = [f"  {len(images_of):,} classes, images of each: {', '.join(shown)}"]
+    if none:
+        more = " ..." if len(none) > _SHOWN else ""
+        lines.append(f"  {len(none):,} classes without an image: {', '.join(none[:_SHOWN])}{more}")
+    return lines
 
 
 def command_line(
@@ -125,6 +149,7 @@ def build_pictures(
     read_mask: ReadMask | None = None,
     labels_only: bool = False,
     read_image: ReadImage | None = None,
+    left_out: Sequence[Skipped] = (),
 ) -> BuildReport:
     """Shards of picture files (see `Picture`, `picture_samples`), cut by the options."""
     chunks = cut_into_shards(
@@ -138,13 +163,20 @@ def build_pictures(
     make = functools.partial(picture_samples, read_mask=read_mask, labels_only=labels_only)
     if read_image is not None:
         make = functools.partial(make, read_image=read_image)
-    return build_dataset(root, vocabulary, [ShardTask(make, chunk) for chunk in chunks], options)
+    tasks = [ShardTask(make, chunk) for chunk in chunks]
+    return build_dataset(root, vocabulary, tasks, options, left_out)
 
 
 def build_dataset(
-    root: Path, vocabulary: Vocabulary, tasks: Sequence[ShardTask], options: BuildOptions
+    root: Path,
+    vocabulary: Vocabulary,
+    tasks: Sequence[ShardTask],
+    options: BuildOptions,
+    left_out: Sequence[Skipped] = (),
 ) -> BuildReport:
     """Write one shard per task below `root`, then the index; print a report.
+
+    left_out: what no task was made of, for the report.
 
     A shard that is whole is not built again, so a killed run is repeated by the same command.
     ValueError for an output folder that cannot be written to, that was built from something else
@@ -168,6 +200,7 @@ def build_dataset(
         raise SystemExit(130) from None
     notes = [_read_note(root, number) or {} for number in range(len(tasks))]
     skipped = tuple((key, reason) for note in notes for key, reason in note["skipped"])
+    skipped += tuple((item.key, item.reason) for item in left_out)
     if not any(note["num_samples"] for note in notes):
         reasons = sorted({reason for _, reason in skipped})
         raise ValueError(f"{root}: every image was skipped ({'; '.join(reasons[:3])})")
@@ -175,7 +208,11 @@ def build_dataset(
     for left_by_a_kill in root.glob(".shard-*.tmp"):
         left_by_a_kill.unlink()
     num_bytes = sum((root / name).stat().st_size for name in index.shard_names)
-    report = BuildReport(root, len(index), len(index.shard_names), num_bytes, done, skipped)
+    images = index.class_image_counts(len(vocabulary)).tolist()
+    report = BuildReport(
+        root, len(index), len(index.shard_names), num_bytes, done, skipped,
+        tuple(zip(vocabulary.names, images)), int((np.diff(index.labels_offsets) == 0).sum()),
+    )  # fmt: skip
     print(report)
     if options.verify:
         print(f"  verified: {verify(root)}")

@@ -17,7 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memseg_dist.batch import derive_seed
-from memseg_dist.data.decode import MASK_IGNORE, CorruptSample, load_pixels, open_image
+from memseg_dist.data.decode import (
+    MASK_IGNORE,
+    CorruptSample,
+    check_whole,
+    load_pixels,
+    open_image,
+)
 from memseg_dist.data.files import read_text
 from memseg_dist.tools.shards import Sample
 
@@ -44,7 +50,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was left out, and why."""
+    """A sample, file or folder that was left out, and why."""
 
     key: str
     reason: str
@@ -93,12 +99,15 @@ def image_sample(
     mask: Mask | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Sample | Skipped:
-    """A Sample whose format is read from its first bytes; Skipped if it is not a known image."""
+    """A Sample whose format is read from its first bytes; Skipped if it is not a known image, or
+    one that is cut short.
+    """
     image_format = sniff_format(content)
     if image_format is None:
         return Skipped(key, "not a JPEG, PNG or WebP image")
     try:
         open_image(content, image_format)
+        check_whole(content, image_format)
     except CorruptSample as error:
         return Skipped(key, str(error))
     unique = tuple(sorted(set(labels)))
@@ -143,10 +152,12 @@ def read_matlab(path: str, fields: Sequence[str], instead: str) -> NDArray[np.in
         ) from error
 
 
-def map_values(values: NDArray[np.integer], table: Mapping[int, int], path: str) -> Mask:
-    """Raw values -> local ids by `table` (id -1 = unknown).
+def map_values(
+    values: NDArray[np.integer], table: Mapping[int, int], path: str, other: int | None = None
+) -> Mask:
+    """Raw values -> local ids by `table` (id -1 = unknown); those it does not have -> `other`.
 
-    ValueError naming the path for a value that the table does not have.
+    ValueError naming the path for a value that the table does not have, without `other`.
     """
     if values.ndim != 2:
         raise ValueError(
@@ -155,12 +166,12 @@ def map_values(values: NDArray[np.integer], table: Mapping[int, int], path: str)
         )
     present = np.unique(values)
     unknown = [int(value) for value in present if int(value) not in table]
-    if unknown:
+    if unknown and other is None:
         raise ValueError(
             f"mask {path}: value(s) {unknown[:8]} are no class of this data set; check the class "
             "list and the value that means 'ignore'"
         )
-    local = np.array([table[int(value)] for value in present])
+    local = np.array([table.get(int(value), other) for value in present])
     local = np.where(local < 0, MASK_IGNORE, local).astype(np.uint16)
     return local[np.searchsorted(present, values)]
 
@@ -196,6 +207,18 @@ def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) ->
     if not found:
         raise ValueError(f"no images ({', '.join(suffixes)}) below {root}; check the path")
     return sorted(found)
+
+
+def passed_over(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Skipped]:
+    """The files below `folder` that `list_images` takes for no images, but hidden ones."""
+    kinds = ", ".join(suffixes)
+    return [
+        Skipped(str(path.relative_to(folder)), f"{path.suffix or path.name}: none of {kinds}")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not path.name.lower().endswith(tuple(suffixes))
+        and not path.name.startswith(".")
+    ]
 
 
 def cut_into_shards(

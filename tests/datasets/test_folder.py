@@ -62,6 +62,47 @@ def test_masks_as_labels_and_from_one(folder, masks, options, read_back):
     )
 
 
+def test_images_without_masks_are_unlabelled_if_asked_for(folder, masks, options, read_back):
+    (masks / "masks/a.png").unlink()
+    (masks / "masks/old.png").write_bytes((masks / "masks/deep/b.png").read_bytes())
+    (masks / "images/c.BMP").write_bytes(b"BM")
+    (masks / "images/.hidden").touch()
+    report = folder.build(recipe_masks(folder, masks, options, unlabelled=True))
+    assert [read_back(options().out)[key][1] for key in ("a", "deep/b")] == [[], [0, 1]]
+    reasons = dict(report.skipped)
+    assert reasons.pop(str(masks / "masks/old.png")) == "a mask without an image"
+    assert reasons == {"c.BMP": ".BMP: none of .jpg, .jpeg, .png, .webp"}
+    assert report.num_unlabelled == 1 and "1 images without a class" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"0": "kettle", "1": None}, [1, 65535, 65535]),
+        ({"0": "dog", "*": "teapot"}, [0, 1, 65535]),
+        ({"1": "mine:pot", "*": None}, [65535, 1, 65535]),
+    ],
+)
+def test_values_are_mapped_to_classes(folder, masks, options, read_back, values, expected):
+    (masks / "values.json").write_text(json.dumps(values))
+    folder.build(recipe_masks(folder, masks, options, values=masks / "values.json"))
+    assert read_back(options().out)["deep/b"][2][[0, 5, 9], 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"0": "cow"}, r"values\.json: label 'cow' is not in the class list"),
+        ({"x": "dog"}, r"values\.json: values is \['x'\]; it must be whole numbers"),
+        ({"0": "dog"}, r"value\(s\) \[1\] are no class"),
+    ],
+)
+def test_bad_values(folder, masks, options, values, message):
+    (masks / "values.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        folder.build(recipe_masks(folder, masks, options, values=masks / "values.json"))
+
+
 def test_bad_masks(folder, masks, options, picture_files):
     with pytest.raises(ValueError, match=r"[ab].png: value\(s\) \[255\] are no class"):
         folder.build(recipe_masks(folder, masks, options, ignore=()))
@@ -131,6 +172,30 @@ def test_images_that_pillow_refuses_are_skipped_and_giant_masks_refused(
     assert {key for key, _ in report.skipped} == {"dog/gamma", "dog/giant"}
     with pytest.raises(ValueError, match=r"mask .*giant\.png.*12000 x 10000 pixels is above the"):
         read_pixels(str(giant))
+
+
+def test_what_is_left_out_is_named_and_counted(folder, tmp_path, options, picture_files, capsys):
+    write_image, _, jpeg = picture_files
+    for name in ("dog/1", "dog/2", "cat/1"):
+        write_image(tmp_path / "in" / f"{name}.jpg")
+    cut = tmp_path / "in/cat/cut.jpg"
+    cut.write_bytes(jpeg(1, (64, 48))[:-300])
+    (tmp_path / "in/cat/padded.jpg").write_bytes(jpeg(2) + b"appended by a camera")
+    (tmp_path / "in/cow").mkdir()
+    (tmp_path / "in/dog/3.tif").write_bytes(b"II*")
+    report = folder.build(folder.Classes(tmp_path / "in", options()))
+    assert report.num_samples == 4
+    assert dict(report.images_of) == {"cat": 2, "dog": 2}
+    assert {key for key, _ in report.skipped} == {"cat/cut", "dog/3.tif", "cow"}
+    printed = capsys.readouterr().out
+    for line in (
+        "2 classes, images of each: cat 2, dog 2",
+        "3 left out:",
+        "data is damaged or cut",
+        "1 x .tif: none of .jpg",
+        "1 x a class folder without an image (such as cow)",
+    ):
+        assert line in printed  # fmt: skip
 
 
 def test_class_folders(folder, tmp_path, options, picture_files, read_back):

@@ -244,8 +244,8 @@ class LabelMap(Kind):
         self.path.write_bytes(content)
 
     def read(self) -> str:
-        read_label_map = load("folder").read_label_map
-        mask = read_label_map(str(self.path), NUM_CLASSES, first_value=0, ignore=(255,))
+        table = {local: local for local in range(NUM_CLASSES)} | {255: -1}
+        mask = load("folder").read_by_table(str(self.path), table)
         expected = self.values.astype(np.uint16)
         expected[expected == 255] = MASK_IGNORE
         assert mask.dtype == np.uint16 and (self.is_sealed or np.array_equal(mask, expected))

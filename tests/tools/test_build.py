@@ -84,7 +84,7 @@ def test_bad_images_are_skipped_and_reported(pictures, options, capsys):
     assert report.num_samples == 8
     assert {key for key, _ in report.skipped} == {"2", "5"}
     text = capsys.readouterr().out
-    assert "2 images skipped" in text and "not a JPEG, PNG or WebP image (such as 2)" in text
+    assert "2 left out" in text and "not a JPEG, PNG or WebP image (such as 2)" in text
     again = build_pictures(choice.out, VOCABULARY, pictures, choice)  # the reasons are kept
     assert set(again.skipped) == set(report.skipped)
 
