@@ -181,7 +181,8 @@ class LaunchConfig:
     launcher: Literal["ray", "local"] = "ray"
     """ray: a Ray cluster, or one started here; local: plain processes on this machine."""
     workers: int | tuple[int, int] = 1
-    """How many workers, or (min, max) for an elastic run. At most as many as there are slots."""
+    """How many workers, or (min, max): as many as an elastic cluster gives, or as this machine has
+    GPUs or else cores. At most as many as there are slots."""
     cpus_per_worker: int = 1
     """Cores that Ray reserves for each worker."""
     use_gpu: bool | None = None

@@ -42,7 +42,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
 
         result = on_ray.run(worker, config_json, config)
     else:
-        workers = config.launch.workers_range[1]
+        workers = local.fitting_workers(config.launch.workers_range, config.launch.use_gpu)
         result = local.run(worker, config_json, workers, config.launch.use_gpu)
     print(where_things_are(config), flush=True)
     return result

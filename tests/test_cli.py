@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pictures import write_image
 from PIL import Image
 from train.shards import CATEGORIES, larvseg_config, write_squares
 from webdataset import TarWriter
@@ -20,7 +21,7 @@ from memseg_dist.batch import Clock
 from memseg_dist.cli import main
 from memseg_dist.config import EngineConfig
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.evaluation.sliding import Inference, segment
+from memseg_dist.evaluation.sliding import Inference, segment, segment_batch
 from memseg_dist.nn.densecrf import DEEPLAB
 from memseg_dist.tools.shards import Sample, finish, write_shard
 from memseg_dist.train.checkpoint import save
@@ -99,6 +100,27 @@ def test_predict_only_what_was_asked_for(run, pictures, tmp_path):
     assert {row["uid"] for row in report["classes"]} <= {"n1", "n3"}
 
 
+def test_predict_takes_folders_and_patterns_and_skips_a_bad_picture(run, tmp_path, capsys):
+    for number, name in enumerate(("a/one", "a/two", "b/one", "c")):
+        write_image(tmp_path / "in" / f"{name}.jpg", number, (40, 30))
+    (tmp_path / "in" / "b" / "bad.jpg").write_text("no picture")
+    (tmp_path / "in" / "d.bmp").touch()
+    common = ["--checkpoint", run[1], "--out"]
+    message = fails("predict", tmp_path / "in", *common, tmp_path / "out", "--batch", 3)
+    assert "bad.jpg is not a JPEG" in message and "one.jpg" not in message
+    assert "1 files left out: .bmp: none of" in capsys.readouterr().err
+    names = ["a/one", "a/two", "b/one", "c"]
+    written = sorted((tmp_path / "out").rglob("*.json"))
+    assert [str(path.relative_to(tmp_path / "out"))[:-5] for path in written] == names
+    command("predict", f"{tmp_path}/in/a/*.jpg", *common, tmp_path / "again")
+    for name in ("one", "two"):
+        together = np.array(Image.open(tmp_path / "out/a" / f"{name}.labels.png"))
+        alone = np.array(Image.open(tmp_path / "again" / f"{name}.labels.png"))
+        assert (together == alone).mean() > 0.99
+    assert "no file is named like" in fails("predict", "nothing/*.jpg", *common, tmp_path / "x")
+    assert "--batch 0" in fails("predict", tmp_path / "in/c.jpg", *common, tmp_path, "--batch", 0)
+
+
 def test_predict_names_flag_and_value(run, pictures, tmp_path):
     image, common = pictures / "one.jpg", ["--checkpoint", run[1], "--out", tmp_path]
     message = fails("predict", image, *common, "--classes", "red,gren")
@@ -129,12 +151,15 @@ VIEWS = ("--scales", 0.5, 1.5, "--flip", True, "--swap", "n0", "n1", "--average"
 def test_flags_of_multi_scale_testing(run, pictures, tmp_path, monkeypatch):
     found = []
 
-    def watched(*arguments):
-        found.append(arguments[3])
-        return segment(*arguments)
+    def watched(function):
+        def watching(*arguments):
+            found.append(arguments[3])
+            return function(*arguments)
 
-    monkeypatch.setattr("memseg_dist.tools.predict.segment", watched)
-    monkeypatch.setattr("memseg_dist.evaluation.evaluate.segment", watched)
+        return watching
+
+    monkeypatch.setattr("memseg_dist.tools.predict.segment_batch", watched(segment_batch))
+    monkeypatch.setattr("memseg_dist.evaluation.evaluate.segment", watched(segment))
     common = ["--checkpoint", run[1], "--out", tmp_path]
     command("predict", pictures / "one.jpg", *common, *VIEWS)
     command("eval", *common, "--max-images", 1, *VIEWS)

@@ -14,7 +14,7 @@ Y x X pixels of a view of the image, H x W pixels of the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Self
 
@@ -139,6 +139,9 @@ class _View(NamedTuple):
     predictions: list[Prediction]
     coverage: Tensor | None
 
+    def of(self, image: int) -> _View:
+        return self._replace(predictions=[part.of(image) for part in self.predictions])
+
 
 def windows(
     size: tuple[int, int], window: int | tuple[int, int], stride: int | tuple[int, int]
@@ -189,7 +192,26 @@ def segment(
         `Inference.swap` puts in their places.
     image: uint8 [3, Y, X]; out_size: H, W of the result, default Y, X.
     """
-    return _best(predict, image, classes, inference, out_size, confident=False)[0]
+    return _best_of_one(predict, image, classes, inference, out_size, confident=False)[0]
+
+
+def segment_batch(
+    predict: Predict,
+    images: Tensor,
+    classes: Tensor,
+    inference: Inference,
+    out_sizes: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """`segment` for several images of one size, uint8 [B, 3, Y, X], which go through the network
+    together. The predictions of all are held at once.
+    """
+    for size in out_sizes:
+        _check_crf(inference, classes.numel(), size)
+    views = _views(predict, images, classes, inference)
+    return [
+        _best([view.of(number) for view in views], image, inference, size, confident=False)[0]
+        for number, (image, size) in enumerate(zip(images, out_sizes, strict=True))
+    ]
 
 
 def segment_confident(
@@ -200,10 +222,10 @@ def segment_confident(
     out_size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `segment`, with the softmax probability of the chosen class: float32 [H, W] in 0..1."""
-    return _best(predict, image, classes, inference, out_size, confident=True)
+    return _best_of_one(predict, image, classes, inference, out_size, confident=True)
 
 
-def _best(
+def _best_of_one(
     predict: Predict,
     image: Tensor,
     classes: Tensor,
@@ -211,10 +233,24 @@ def _best(
     out_size: tuple[int, int] | None,
     confident: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The argmax and what it is the argmax of; `confident`: the probability, whatever it is."""
+    if image.dim() != 3 or image.dtype != torch.uint8:
+        raise ValueError(
+            f"image must be uint8 [3, height, width], got {image.dtype} {tuple(image.shape)}"
+        )
     out_size = out_size or (image.shape[-2], image.shape[-1])
     _check_crf(inference, classes.numel(), out_size)
-    views = _views(predict, image, classes, inference)
+    views = _views(predict, image[None], classes, inference)
+    return _best(views, image, inference, out_size, confident)
+
+
+def _best(
+    views: list[_View],
+    image: Tensor,
+    inference: Inference,
+    out_size: tuple[int, int],
+    confident: bool,
+) -> tuple[Tensor, Tensor]:
+    """The argmax and what it is the argmax of; `confident`: the probability, whatever it is."""
     best = torch.full(out_size, -torch.inf, device=image.device)
     label = torch.zeros(out_size, dtype=torch.int64, device=image.device)
     log_sum = torch.full_like(best, -torch.inf)
@@ -270,20 +306,16 @@ def _sharpened(
     return label, best
 
 
-def _views(predict: Predict, image: Tensor, classes: Tensor, inference: Inference) -> list[_View]:
-    """The predictions of every window of every view."""
-    if image.dim() != 3 or image.dtype != torch.uint8:
-        raise ValueError(
-            f"image must be uint8 [3, height, width], got {image.dtype} {tuple(image.shape)}"
-        )
+def _views(predict: Predict, images: Tensor, classes: Tensor, inference: Inference) -> list[_View]:
+    """The predictions of every window of every view of uint8 images [B, 3, Y, X]."""
     if classes.numel() == 0:
         raise ValueError("no classes to choose from: `classes` is empty")
     shared: dict[bool, LinearLogits] = {}  # the class vectors, by whether they are swapped
 
-    def predicted(crop: Tensor, is_mirrored: bool) -> Prediction:
+    def predicted(crops: Tensor, is_mirrored: bool) -> Prediction:
         is_swapped = is_mirrored and len(inference.swap) > 0
         asked = swap_ids(classes, inference.swap) if is_swapped else classes
-        prediction = predict(crop[None], asked)
+        prediction = predict(crops, asked)
         if isinstance(prediction, LinearLogits):
             first = shared.setdefault(is_swapped, prediction)
             prediction = replace(prediction, weight=first.weight, bias=first.bias)
@@ -291,14 +323,14 @@ def _views(predict: Predict, image: Tensor, classes: Tensor, inference: Inferenc
 
     views: list[_View] = []
     for scale in inference.scales:
-        size = scaled_size(image.shape[-2], image.shape[-1], scale)
-        scaled = resize_image(image, size)
+        size = scaled_size(images.shape[-2], images.shape[-1], scale)
+        scaled = resize_image(images, size)
         parts = image_windows(size, inference)
-        coverage = _coverage(parts, size, image.device)
+        coverage = _coverage(parts, size, images.device)
         for is_mirrored in (False, True) if inference.flip else (False,):
             shown = scaled.flip(-1) if is_mirrored else scaled
             predictions = [
-                predicted(shown[:, part.top : part.bottom, part.left : part.right], is_mirrored)
+                predicted(shown[..., part.top : part.bottom, part.left : part.right], is_mirrored)
                 for part in parts
             ]
             views.append(_View(size, is_mirrored, parts, predictions, coverage))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
@@ -75,6 +75,10 @@ class Prediction(Protocol):
         """All of them: [B, K, h, w], differentiable."""
         ...
 
+    def of(self, image: int) -> Prediction:
+        """That of one of the images alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class LinearLogits:
@@ -106,6 +110,9 @@ class LinearLogits:
             logits = torch.einsum("bdhw,kd->bkhw", self.features, self.weight)
         return logits if self.bias is None else logits + self.bias[:, None, None]
 
+    def of(self, image: int) -> LinearLogits:
+        return replace(self, features=self.features[image : image + 1])
+
 
 @dataclass(frozen=True)
 class DenseLogits:
@@ -122,6 +129,9 @@ class DenseLogits:
 
     def dense(self) -> Tensor:
         return self.logits
+
+    def of(self, image: int) -> DenseLogits:
+        return DenseLogits(self.logits[image : image + 1])
 
 
 _IN_FP32 = ("forward", "before_step", "predict", "activations", "embed", "maps", "label_sources")

@@ -71,6 +71,13 @@ def run(worker: Worker, config_json: str, workers: int, use_gpu: bool | None = N
         return worker(config_json, context)
 
 
+def fitting_workers(bounds: tuple[int, int], use_gpu: bool | None) -> int:
+    """As many workers as this machine has GPUs, or else cores for, within (min, max)."""
+    least, most = bounds
+    devices = torch.cuda.device_count() if process.has_gpu(use_gpu) else os.cpu_count() or 1
+    return min(most, max(least, devices))
+
+
 @contextmanager
 def _on_sigterm(action: Callable[[], Any]) -> Iterator[None]:
     """SIGTERM calls `action` inside; a thread other than the main one cannot set that."""

@@ -15,7 +15,14 @@ from memseg_dist.config import ValidationConfig
 from memseg_dist.data.augment import resize_image
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.evaluation import sliding
-from memseg_dist.evaluation.sliding import Inference, Window, segment, segment_confident, windows
+from memseg_dist.evaluation.sliding import (
+    Inference,
+    Window,
+    segment,
+    segment_batch,
+    segment_confident,
+    windows,
+)
 from memseg_dist.methods.method import DenseLogits, LinearLogits
 from memseg_dist.nn.densecrf import CrfConfig, dense_crf
 
@@ -28,7 +35,7 @@ def integer_predict(weight: Tensor, bias: Tensor | None = None):
 
     def predict(images: Tensor, classes: Tensor) -> LinearLogits:
         height, width = (-(-length // STRIDE) for length in images.shape[-2:])
-        padded = torch.zeros(1, 3, height * STRIDE, width * STRIDE)
+        padded = torch.zeros(len(images), 3, height * STRIDE, width * STRIDE)
         padded[..., : images.shape[-2], : images.shape[-1]] = images
         corners = padded[..., ::STRIDE, ::STRIDE]
         features = torch.cat([corners % 8, corners // 32], dim=1)
@@ -142,6 +149,18 @@ def test_all_logits_far_below_zero():
     weight = -1000 * torch.ones(3, DIM) * torch.tensor([[3.0], [1.0], [2.0]])
     label = segment(integer_predict(weight), picture(8, 8) | 1, torch.arange(3))
     assert torch.equal(label, torch.ones(8, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_a_batch_equals_its_images_one_by_one(mode):
+    weight, classes = integer_weight(20), torch.arange(20)
+    options = Inference(mode, window=16, stride=12, scales=(1.0, 1.5), flip=True, swap=((3, 5),))
+    images = torch.stack([picture(24, 36), picture(24, 36).flip(-1) // 2])
+    sizes, predict = [(30, 40), (24, 36)], integer_predict(weight)
+    found = segment_batch(predict, images, classes, options, sizes)
+    for image, size, label in zip(images, sizes, found, strict=True):
+        assert torch.equal(label, segment(predict, image, classes, options, size))
+    assert not torch.equal(found[0][:24, :36], found[1])
 
 
 def test_only_the_classes_asked_for():

@@ -78,6 +78,12 @@ def test_a_group_listens_to_this_machine_alone():
     assert ("127.0.0.1", store.port) in mine and {ip for ip, _ in mine} == {"127.0.0.1"}
 
 
+def test_as_many_workers_as_cores_within_the_bounds(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    bounds = {(1, 8): 3, (1, 2): 2, (4, 8): 4, (1, 1): 1, (5, 5): 5}
+    assert {pair: local.fitting_workers(pair, use_gpu=False) for pair in bounds} == bounds
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_group_of_workers_shares_one_run(workers):
     before = len(children())
