@@ -37,7 +37,14 @@ from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.build import BuildReport, Options, ShardTask, build_dataset, command_line
 from memseg_dist.tools.external import index_external
-from memseg_dist.tools.recipe import IMAGE_SUFFIXES, Skipped, image_sample, read_file, shuffled
+from memseg_dist.tools.recipe import (
+    IMAGE_SUFFIXES,
+    Skipped,
+    image_sample,
+    no_image,
+    read_file,
+    shuffled,
+)
 from memseg_dist.tools.shards import Sample, escape_key
 from memseg_dist.tools.tar import tar_files
 
@@ -109,7 +116,7 @@ def build(recipe: Raw | Ready) -> BuildReport | Path:
 def build_raw(recipe: Raw) -> BuildReport:
     found = find_synsets(recipe.root)
     vocabulary = choose_vocabulary(recipe, found)
-    listing = list_images(found, vocabulary)
+    listing, left_out = list_images(found, vocabulary)
     if recipe.more_than:
         vocabulary, listing = _frequent(vocabulary, listing, recipe.more_than)
     outside = sorted(set(found) - set(vocabulary.uids))
@@ -119,9 +126,8 @@ def build_raw(recipe: Raw) -> BuildReport:
         f"classes; {absent} classes have no image, {len(outside)} synsets are no class"
         + (f" ({', '.join(outside[:3])} ...)" if outside else "")
     )
-    return build_dataset(
-        recipe.options.out, vocabulary, _tasks(listing, recipe.options), recipe.options
-    )
+    options = recipe.options
+    return build_dataset(options.out, vocabulary, _tasks(listing, options), options, left_out)
 
 
 def index_ready(recipe: Ready) -> Path:
@@ -182,17 +188,20 @@ def find_synsets(root: Path) -> dict[str, Path]:
     return found
 
 
-def list_images(found: dict[str, Path], vocabulary: Vocabulary) -> Listing:
-    """All images of the vocabulary's synsets; only headers and folder entries are read."""
+def list_images(found: dict[str, Path], vocabulary: Vocabulary) -> tuple[Listing, list[Skipped]]:
+    """All images of the vocabulary's synsets, of which only headers and folder entries are read,
+    and their other files.
+    """
     wanted = {wnid: path for wnid, path in found.items() if wnid in vocabulary}
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(_list_one, wanted.values()))
+        listed = list(pool.map(_list_one, wanted.values()))
+    parts = [images for images, _ in listed]
     counts = [len(part) for part in parts]
     rows = [row for part in parts for row in part]
     if not rows:
         raise ValueError(f"no images of the {len(vocabulary)} wanted classes were found")
     labels = [vocabulary.index(wnid) for wnid in wanted]
-    return Listing(
+    listing = Listing(
         paths=tuple(str(path) for path in wanted.values()),
         container=np.repeat(np.arange(len(wanted), dtype=np.int32), counts),
         offset=np.array([row[0] for row in rows], np.int64),
@@ -200,18 +209,19 @@ def list_images(found: dict[str, Path], vocabulary: Vocabulary) -> Listing:
         name=np.array([row[2] for row in rows], np.bytes_),
         label=np.repeat(np.array(labels, np.int32), counts),
     )
+    return listing, [file for _, others in listed for file in others]
 
 
-def _list_one(path: Path) -> list[tuple[int, int, bytes]]:
+def _list_one(path: Path) -> tuple[list[tuple[int, int, bytes]], list[Skipped]]:
     if path.is_dir():
         names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
-        return [(-1, 0, os.fsencode(name)) for name in names if _is_image(name)]
-    with open(path, "rb") as stream:
-        return [
-            (file.offset_data, file.size, os.fsencode(file.name))
-            for file in tar_files(stream, path)
-            if _is_image(file.name)
-        ]
+        files = [(-1, 0, name) for name in names]
+    else:
+        with open(path, "rb") as stream:
+            files = [(file.offset_data, file.size, file.name) for file in tar_files(stream, path)]
+    images = [(offset, size, os.fsencode(name)) for offset, size, name in files if _is_image(name)]
+    others = [no_image(Path(path.stem, name)) for *_, name in files if not _is_image(name)]
+    return images, others
 
 
 def _is_image(name: str) -> bool:

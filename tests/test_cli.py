@@ -117,6 +117,8 @@ def test_predict_takes_folders_and_patterns_and_skips_a_bad_picture(run, tmp_pat
         together = np.array(Image.open(tmp_path / "out/a" / f"{name}.labels.png"))
         alone = np.array(Image.open(tmp_path / "again" / f"{name}.labels.png"))
         assert (together == alone).mean() > 0.99
+    (tmp_path / "in/a/one.png").touch()
+    assert "same files" in fails("predict", tmp_path / "in", *common, tmp_path / "x")
     assert "no file is named like" in fails("predict", "nothing/*.jpg", *common, tmp_path / "x")
     assert "--batch 0" in fails("predict", tmp_path / "in/c.jpg", *common, tmp_path, "--batch", 0)
 

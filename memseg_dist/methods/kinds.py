@@ -14,7 +14,7 @@ from memseg_dist.methods.three_stage.config import ThreeStageConfig
 
 def register(config: type[MethodConfig]) -> type[MethodConfig]:
     """Make a method known by its `kind`. ValueError for a kind that another method has."""
-    kind = config.kind  # type: ignore[attr-defined]
+    kind = config.kind  # type: ignore[misc]
     if MethodConfig.kinds.setdefault(kind, config) is not config:
         raise ValueError(f"method kind {kind!r} is taken by {MethodConfig.kinds[kind].__name__}")
     return config

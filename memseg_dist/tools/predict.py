@@ -49,21 +49,21 @@ def find_pictures(named: Sequence[str]) -> tuple[dict[str, str], list[Skipped]]:
     """
     found: dict[str, str] = {}
     other: list[Skipped] = []
+    inside: list[tuple[Path, Path | str]]
     for text in named:
         path = Path(text)
         if not is_url(text) and path.is_dir():
-            inside = {
-                str(item.relative_to(path).with_suffix("")): item for item in list_images(path)
-            }
+            inside = [(item.relative_to(path).with_suffix(""), item) for item in list_images(path)]
             other += passed_over(path)
-        elif has_magic(text) and not is_url(text) and not path.exists():
-            inside = {Path(item).stem: Path(item) for item in sorted(glob(text, recursive=True))}
+        elif not is_url(text) and has_magic(text) and not path.exists():
+            matches = sorted(map(Path, glob(text, recursive=True)))
+            inside = [(Path(item.stem), item) for item in matches if item.is_file()]
             if not inside:
                 raise ValueError(f"no file is named like {text}; check the pattern")
         else:
-            inside = {path.stem: text}
-        for name, picture in inside.items():
-            if found.setdefault(name, str(picture)) != str(picture):
+            inside = [(Path(path.stem), text)]
+        for name, picture in ((str(name), str(picture)) for name, picture in inside):
+            if found.setdefault(name, picture) != picture:
                 raise ValueError(
                     f"{found[name]} and {picture} would be written to the same files; use two "
                     "folders for --out"

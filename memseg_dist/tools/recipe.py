@@ -209,16 +209,20 @@ def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) ->
     return sorted(found)
 
 
-def passed_over(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Skipped]:
+def passed_over(folder: Path) -> list[Skipped]:
     """The files below `folder` that `list_images` takes for no images, but hidden ones."""
-    kinds = ", ".join(suffixes)
     return [
-        Skipped(str(path.relative_to(folder)), f"{path.suffix or path.name}: none of {kinds}")
+        no_image(path.relative_to(folder))
         for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and not path.name.lower().endswith(tuple(suffixes))
+        and not path.name.lower().endswith(IMAGE_SUFFIXES)
         and not path.name.startswith(".")
     ]
+
+
+def no_image(name: Path) -> Skipped:
+    """What is said of a file that is no image by its name."""
+    return Skipped(str(name), f"{name.suffix or name.name}: none of {', '.join(IMAGE_SUFFIXES)}")
 
 
 def cut_into_shards(
