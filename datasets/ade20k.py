@@ -41,7 +41,9 @@ class Ade20k:
     """ADEChallengeData2016 (150 classes) or ADE20K_2021_17_01 (847 classes)."""
     options: Options
     classes: Literal[150, 847] = 150
+    """Size of the vocabulary, which says which of the two data sets ROOT is."""
     splits: tuple[Literal["train", "val"], ...] = ("train", "val")
+    """Which splits to write."""
     labels_only: bool = False
     """Write image labels (all classes of the image), no masks."""
 

@@ -67,6 +67,7 @@ class Cityscapes:
     """Folder with leftImg8bit/ and gtFine/."""
     options: Options
     splits: tuple[Split, ...] = ("train", "val")
+    """Which splits to write."""
     half: bool = False
     """Write images and label maps at half their size."""
 

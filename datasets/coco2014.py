@@ -67,6 +67,7 @@ class Coco2014:
     """Folder with train2014/, val2014/ and annotations/; or with index.json, images/, masks/."""
     options: Options
     splits: tuple[Split, ...] = ("train", "val")
+    """Which splits to write."""
     with_masks: bool = False
     """Write the masks of train too."""
     year: Literal[2014, 2017] = 2014

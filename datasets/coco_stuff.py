@@ -69,7 +69,9 @@ class CocoStuff:
     """Folder with images/ and annotations/ (or, in small samples, {train,val}_img and _label)."""
     options: Options
     release: Release = "164k"
+    """Which of the two data sets ROOT holds."""
     splits: tuple[Split, ...] = ("train", "val")
+    """Which splits to write."""
     encoding: Literal["auto"] | Encoding = "auto"
     """What the values in PNG label maps are; auto = by file name, else by the values."""
     labels_only: bool = False

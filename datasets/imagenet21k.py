@@ -62,6 +62,7 @@ class Raw:
     """Folder with n01440764.tar ... or n01440764/ ..."""
     options: Options
     release: Release = "fall11"
+    """Which synsets there are: 21,841 (fall11), 21,843 (google) or 19,167 (winter21)."""
     subset: Literal["imagenet_124", "imagenet_585"] | None = None
     """LarvSeg's subsets: the synsets that were matched to classes of ADE20K 150 or 847."""
     wnids: Path | None = None
@@ -77,6 +78,7 @@ class Ready:
     root: Path
     """Folder with *.tar; `.cls` counts the release's synsets in the order of their ids."""
     release: Literal["fall11", "google"] = "fall11"
+    """Whose synset ids the shards' labels count."""
     into: Path | None = None
     """Where to write the index, if ROOT is read-only."""
 

@@ -64,7 +64,9 @@ class Lip:
     """Folder that the archives were unpacked in."""
     options: Options
     dataset: Literal["lip", "cihp"] = "lip"
+    """Which of the two data sets ROOT holds."""
     splits: tuple[Split, ...] = ("train", "val")
+    """Which splits to write."""
     torso_skin: Literal["jumpsuits", "ignore", "class"] = "jumpsuits"
     """What CIHP's torso skin is: LIP's class of the same number, unknown, or its own class."""
 

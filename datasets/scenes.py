@@ -81,30 +81,32 @@ TEXTURES = (
 
 @dataclass(frozen=True)
 class Scenes:
-    """What to draw, and where to.
-
-    root: directory that receives one shard directory per split.
-    size: side of the square pictures in pixels.
-    num_objects: object classes; any number (above 144 the shapes and textures are procedural).
-    masks, weak, objects, val: pictures of each split.
-    cooccurrence: chance that an object lies on its home stuff, and that its partner is there too.
-    samples_per_shard: pictures in one tar.
-    processes: worker processes; 0 draws in this one.
-    preview: also write a contact sheet (PNG) of every split to this file.
-    """
+    """What to draw, and where to."""
 
     root: Path
+    """Directory that receives one shard directory per split."""
     size: int = 96
+    """Side of the square pictures in pixels."""
     num_objects: int = 24
+    """Object classes; any number (above 144 the shapes and textures are procedural)."""
     masks: int = 2400
+    """Pictures with masks."""
     weak: int = 3000
+    """Pictures with image labels alone."""
     objects: int = 3600
+    """Pictures of single objects, to pre-train on."""
     val: int = 300
+    """Pictures to score on."""
     cooccurrence: float = 0.6
+    """Chance that an object lies on its home stuff, and that its partner is there too."""
     seed: int = 0
+    """Other pictures for another seed."""
     samples_per_shard: int = 250
+    """Pictures in one tar."""
     processes: int = 2
+    """Worker processes; 0 draws in this one."""
     preview: Path | None = None
+    """Also write a contact sheet (PNG) of every split to this file."""
 
     def __post_init__(self) -> None:
         if self.size < 32:

@@ -55,28 +55,30 @@ MISTAKEN = 0.25  # chance of a patch of background that is
 
 @dataclass(frozen=True)
 class ScenesWeak:
-    """What to draw, and where to.
-
-    root: directory that receives one shard directory per split.
-    size: side of the square pictures in pixels. num_objects: object classes.
-    train, val: pictures of each split.
-    cooccurrence: chance that an object lies on its home stuff, and that its partner is there too.
-    saliency: also write ROOT/saliency, synthetic maps of the train split's pictures.
-    samples_per_shard: pictures in one tar. processes: worker processes; 0 draws in this one.
-    preview: also write a contact sheet (PNG) to this file.
-    """
+    """What to draw, and where to."""
 
     root: Path
+    """Directory that receives one shard directory per split."""
     size: int = 96
+    """Side of the square pictures in pixels."""
     num_objects: int = 24
+    """Object classes."""
     train: int = 1500
+    """Pictures to train on."""
     val: int = 300
+    """Pictures to score on."""
     cooccurrence: float = 0.6
+    """Chance that an object lies on its home stuff, and that its partner is there too."""
     seed: int = 0
+    """Other pictures for another seed."""
     saliency: bool = False
+    """Also write ROOT/saliency, synthetic maps of the train split's pictures."""
     samples_per_shard: int = 250
+    """Pictures in one tar."""
     processes: int = 2
+    """Worker processes; 0 draws in this one."""
     preview: Path | None = None
+    """Also write a contact sheet (PNG) to this file."""
 
     def __post_init__(self) -> None:
         if self.train < 1:

@@ -67,6 +67,7 @@ class Voc2012:
     sbd: Path | None = None
     """SBD's benchmark_RELEASE/dataset; default: ROOT/SegmentationClassAug instead."""
     splits: tuple[Split, ...] = ("train_aug", "train", "val")
+    """Which splits to write."""
     labels_from: Literal["annotations", "masks"] = "annotations"
     """Where image labels come from; a mask that is written adds its classes in any case."""
     with_masks: bool = False

@@ -87,11 +87,11 @@ def test_a_flag_without_help_is_found():
 
 def test_what_is_changed_often_comes_first(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
-    module = importlib.import_module("larvseg_21k")
+    module = importlib.import_module("mcibi_ade")
     command = command_of(module.Options(), module.stages(module.Options()))
     flags = [*texts(tyro.extras.get_parser(command, config=MARKERS))]
     first = ("--smoke", "--name", "--steps", "--launch.workers", "--backbone.pretrained",
-             "--optimizer.lr", "--sources.0.path", "--relabel.0.classes")  # fmt: skip
+             "--optimizer.lr", "--validation.path", "--sources.0.path")  # fmt: skip
     places = [flags.index(flag) for flag in first]
     assert places == sorted(places)
     assert places[3] < 20

@@ -24,7 +24,10 @@ COMMANDS = {
     "eval": ("score:score", "Score a checkpoint on shards with masks."),
     "label": ("label:label_command", "Write pseudo labels."),
     "bank inspect": ("bank:inspect", "Show what the memory holds, the coldest classes first."),
-    "bank search": ("bank:search", "Find the classes of the memory that are nearest by cosine."),
+    "bank search": (
+        "bank:search",
+        "Find the classes (or single rows) of the memory that are nearest by cosine.",
+    ),
     "data index": ("data:index", "Index WebDataset shards that others made."),
     "data split": ("split:split", "Make splits of a data set."),
     "data verify": ("data:verify", "Decode every member of a data set's shards."),
