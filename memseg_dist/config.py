@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 import tyro
@@ -151,26 +151,40 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What computes gradients and holds the optimizer."""
+    """What computes gradients and holds the optimizer. What is None is decided by the device."""
 
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 0
     """DeepSpeed: 0 replicates, 1 splits the optimizer's state over the workers, 2 gradients too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the backbone runs under autocast; heads, losses, gradients and memories stay fp32."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """bf16: the backbone runs under autocast; heads, losses, gradients and memories stay fp32. By
+    default bf16 on CUDA and fp32 elsewhere."""
+    tf32: bool | None = None
+    """TF32 for products and convolutions in fp32, on CUDA alone, where it is the default; False
+    keeps all 24 bits of them."""
     activation_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass instead of keeping them."""
     channels_last: bool | None = None
     """Convolutional backbones compute on [B, H, W, C] in memory; by default on CUDA. It is faster
     on most CPUs too, and moves results by rounding."""
+    cudnn_benchmark: bool | None = None
+    """Training tries cuDNN's algorithms for every size of crop and takes the fastest, which need
+    not be the same in the next run; by default on CUDA."""
+    fused_optimizer: bool | None = None
+    """Update all parameters in one kernel; by default on CUDA. It moves results by rounding."""
+    compile: bool = False
+    """Compile the backbone with torch.compile: the first step takes minutes, and each size of crop
+    and kind of pass again."""
 
     def on(self, device: torch.device | str) -> EngineConfig:
-        """The same with what is None decided for this device."""
+        """The same with what is None decided for `device`: all that is fast on CUDA, else none."""
         is_cuda = torch.device(device).type == "cuda"
-        return dataclasses.replace(
-            self,
-            channels_last=is_cuda if self.channels_last is None else self.channels_last,
+        fast: dict[str, Any] = dict.fromkeys(
+            ("tf32", "channels_last", "cudnn_benchmark", "fused_optimizer"), is_cuda
         )
+        fast["precision"] = "bf16" if is_cuda else "fp32"
+        undecided = {name: value for name, value in fast.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **undecided)
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3:

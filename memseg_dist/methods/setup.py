@@ -36,6 +36,7 @@ class Setup:
     cache_dir: str = ""
     is_bf16: bool = False
     channels_last: bool = False
+    compile: bool = False
     activation_checkpointing: bool = False
 
     def build_backbone(self, stages: Sequence[int] = (-1,)) -> Backbone:
@@ -44,6 +45,8 @@ class Setup:
             self.backbone, stages, bf16=self.is_bf16, channels_last=self.channels_last
         )
         backbone.set_activation_checkpointing(self.activation_checkpointing)
+        if self.compile:
+            backbone.compile()
         return backbone
 
     @property

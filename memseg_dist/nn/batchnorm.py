@@ -14,7 +14,8 @@ passes of all slots of all ranks.
 Only what runs inside `recording` counts: not a preview, not evaluation, not what activation
 checkpointing computes again during the backward pass. It works on any BatchNorm class (timm's fused
 ones too): the layer's own momentum is 0, so its running statistics stay put, but for a recorded
-pass it writes to others, which hooks keep beside it.
+pass it writes to others, which hooks keep beside it. torch.compile leaves the hooks alone: it would
+compile anew for every slot.
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ def _setting(module: nn.Module, name: str, value: int | str | None) -> Iterator[
             setattr(statistics, name, old)
 
 
+@torch.compiler.disable
 def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     """Give the layer statistics to write to that are this pass's alone: BatchNorm computes them
     anyway, and with momentum 1 it keeps nothing else.
@@ -163,6 +165,7 @@ def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     layer.momentum = 1.0
 
 
+@torch.compiler.disable
 def _after(layer: Any, arguments: tuple[Tensor, ...], output: Tensor | None) -> None:
     statistics: SlotStatistics = layer.slot_statistics
     if statistics.running is None:

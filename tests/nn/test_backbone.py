@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -293,6 +295,33 @@ def test_channels_last_reaches_every_convolution_and_leaves_the_weights(config):
     for name, parameter in last.named_parameters():
         assert parameter.is_contiguous() and parameter.grad.is_contiguous(), name
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [TINY_VIT, RESNET])
+def test_compiled_it_is_the_same_net_and_compiles_once_for_all_slots(monkeypatch, config):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = build_backbone(config).train()
+    compiled = copy.deepcopy(plain)
+    compiled.compile()
+    x, graphs = images(64, 64), []
+    for slot in range(3):
+        found = []
+        for net in (plain, compiled):
+            net.zero_grad()
+            torch.manual_seed(slot)  # drop path
+            with recording(net, slot):
+                (features,) = net(x)
+            features.square().mean().backward()
+            found.append([features, *(p.grad for p in net.parameters() if p.grad is not None)])
+        torch.testing.assert_close(found[1], found[0])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] > 0
+    for net in (plain, compiled):
+        commit_statistics(net)
+    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
 
 
 def test_padding_is_zero_after_normalisation():
