@@ -10,11 +10,15 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE = -1
 """Class id of a pixel that no loss and no metric counts."""
+
+_ALIGNMENT = 16
+"""Bytes; of every array in a packed copy."""
 
 Supervision = Literal["masks", "labels", "none"]
 
@@ -24,6 +28,25 @@ def derive_seed(*parts: int | str) -> int:
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def onto_device(device: torch.device | str, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+    """Host arrays on the device, by one copy for all of them, from pinned memory to a GPU: the host
+    does not wait. They share their memory there, so change none in place.
+    """
+    device = torch.device(device)
+    parts = [torch.from_numpy(array).contiguous() for array in arrays]
+    if device.type == "cpu":
+        return tuple(parts)
+    starts = np.cumsum([0, *(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts)])
+    packed = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    places = [slice(int(start), int(start) + part.nbytes) for start, part in zip(starts, parts)]
+    for place, part in zip(places, parts):
+        packed[place] = part.flatten().view(torch.uint8)
+    there = packed.to(device, non_blocking=True)
+    return tuple(
+        there[place].view(part.dtype).view(part.shape) for place, part in zip(places, parts)
+    )
 
 
 class CropBox(NamedTuple):

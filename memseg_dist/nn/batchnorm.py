@@ -26,11 +26,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from memseg_dist import dist
+from memseg_dist.batch import onto_device
 
 
 @dataclass
@@ -119,7 +121,7 @@ def commit_statistics(module: nn.Module) -> None:
         zero = torch.zeros(2, layer.num_features, device=layer.running_mean.device)
         sums.append(sum(parts, zero).flatten())
         passes.append(float(len(parts)))
-    counts = torch.tensor(passes).to(sums[0].device, non_blocking=True)
+    (counts,) = onto_device(sums[0].device, np.array(passes, dtype=np.float32))
     flat = dist.all_reduce_sum(torch.cat([counts, *sums]))
     totals = flat[len(layers) :].split([part.numel() for part in sums])
     for layer, count, total in zip(layers, flat[: len(layers)], totals):
