@@ -240,14 +240,18 @@ class LoaderConfig:
     """How samples are read; changes nothing in what is read."""
 
     processes: int = 2
-    """Loader processes per worker; 0 reads in the worker itself."""
+    """Loader processes per worker; 0 reads in the worker itself. Ray keeps a CPU for each."""
+    prefetch: int = 2
+    """Micro-batches that each loader process keeps ready."""
     cache_dir: str | None = None
     """Directory of the shard and index cache; by default STORAGE/cache."""
     cache_bytes: int = 32 * 2**30
     """The cache forgets the least recently used shards above this size."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loader.", positive=("cache_bytes",), not_negative=("processes",))
+        check_numbers(
+            self, "loader.", positive=("prefetch", "cache_bytes"), not_negative=("processes",)
+        )
 
 
 @dataclass(frozen=True)
