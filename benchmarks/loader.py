@@ -54,7 +54,6 @@ def picture(number: int, width: int, height: int) -> tuple[bytes, np.ndarray]:
 
 def write(root: Path, count: int, side: tuple[int, int]) -> None:
     (root / "folder").mkdir()
-    entries = []
     for first in range(0, count, SHARD):
         samples = []
         for number in range(first, min(first + SHARD, count)):
@@ -62,15 +61,17 @@ def write(root: Path, count: int, side: tuple[int, int]) -> None:
             samples.append(Sample(f"{number:06d}", image, "jpg", (), mask))
             (root / "folder" / f"{number:06d}.jpg").write_bytes(image)
             (root / "folder" / f"{number:06d}.png").write_bytes(encode_mask(mask))
-        entries += write_shard(root / "shards", first // SHARD, samples)
-    finish(root / "shards", CLASSES, entries)
+        write_shard(root / "shards", first // SHARD, samples, num_classes=len(CLASSES))
+    finish(root / "shards", CLASSES)
 
 
 # -------------------------------------------------------------------- the ways
 
 
 def cropped(image: bytes, mask: bytes, config: AugmentConfig, key: str) -> Augmented:
-    return augment(decode_image(image, "jpg"), decode_mask(mask), config, derive_seed(0, key))
+    return augment(
+        decode_image(image, "jpg"), decode_mask(mask), config, derive_seed(0, "augment", 0, key)
+    )
 
 
 def stacked(crops: list[Augmented]) -> tuple[torch.Tensor, ...]:
@@ -112,7 +113,7 @@ def forever(loader: DataLoader) -> Iterator[object]:
 
 def webdatasets(root: Path, config: AugmentConfig, processes: int) -> Iterator[object]:
     names = sorted(str(path) for path in (root / "shards").glob("*.tar"))
-    data = webdataset.WebDataset(names, shardshuffle=len(names), resampled=True, empty_check=False)
+    data = webdataset.WebDataset(names, shardshuffle=False, resampled=True, empty_check=False)
     data = data.shuffle(SHARD).map(functools.partial(from_member, config=config))
     data = data.batched(BATCH, collation_fn=stacked)
     return forever(DataLoader(data, batch_size=None, num_workers=processes))
@@ -145,11 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, nargs=2, default=(500, 375), help="width, height")
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--processes", type=int, nargs="+", default=(0, 2))
-    parser.add_argument("--batches", type=int, default=32, help="of one turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
     config = AugmentConfig(resize=(4 * options.crop, options.crop), crop=options.crop)
+    num_batches = options.images // BATCH  # a turn is an epoch: every way sees every picture
     rows = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -165,9 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
             for _ in range(options.turns):
                 for way, stream in streams.items():
                     start = clock()
-                    for _ in range(options.batches):
+                    for _ in range(num_batches):
                         next(stream)
-                    took[way].append((clock() - start) / options.batches / BATCH)
+                    took[way].append((clock() - start) / num_batches / BATCH)
             for way, seconds in took.items():
                 rows.append(
                     {"way": way, "processes": processes, "seconds": float(np.median(seconds))}
