@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import psutil
 import torch
 
 MEBIBYTE = 1 << 20
@@ -55,6 +54,8 @@ def peak_mebibytes(function: Callable[[], object], device: str | None = None) ->
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
+    import psutil  # which a machine with nothing but torch may lack
+
     process = psutil.Process()
     before, peak, done = process.memory_info().rss, 0, threading.Event()
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from memseg_dist.batch import derive_seed
-from memseg_dist.config import Relabelling, RunConfig
+from memseg_dist.config import EngineConfig, Relabelling, RunConfig
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
 from memseg_dist.jsonable import decode, parse
 from memseg_dist.methods.method import Method
@@ -43,12 +43,15 @@ def build_method(
     *,
     for_training: bool = True,
 ) -> Method:
-    """The method with fresh weights, a pure function of the seed, on `device`.
+    """The method with fresh weights, a pure function of the seed, on `device`, whose kernels are
+    set up for this process by `set_kernels`.
 
     for_training: with the memories that are kept while training; some are laid out by the indexes
     of the sources, which a model that only predicts does not need. ValueError for data or settings
     that the method cannot train with.
     """
+    engine = config.engine.on(device)
+    set_kernels(engine, device)
     setup = Setup(
         config.active_sources,
         label_space,
@@ -59,8 +62,10 @@ def build_method(
         device=device,
         for_training=for_training,
         cache_dir=config.cache_directory if for_training else "",
-        is_bf16=config.engine.precision == "bf16",
-        activation_checkpointing=config.engine.activation_checkpointing,
+        is_bf16=engine.precision == "bf16",
+        channels_last=bool(engine.channels_last),
+        compile=engine.compile,
+        activation_checkpointing=engine.activation_checkpointing,
     )
     if for_training:
         config.method.check(setup)
@@ -69,6 +74,18 @@ def build_method(
         method = config.method.build(setup)
     check_recorded(method)
     return method.to(device)
+
+
+def set_kernels(engine: EngineConfig, device: torch.device | str) -> None:
+    """How fp32 products and convolutions are computed on CUDA from now on, in this process.
+
+    engine: with everything decided (`EngineConfig.on`).
+    """
+    if torch.device(device).type == "cuda":
+        # by the older of torch's two ways to say it, which 2.8 has too: mixing them is an error
+        torch.backends.cuda.matmul.allow_tf32 = bool(engine.tf32)
+        torch.backends.cudnn.allow_tf32 = bool(engine.tf32)
+        torch.backends.cudnn.benchmark = bool(engine.cudnn_benchmark)
 
 
 def _scored_classes(config: RunConfig, label_space: LabelSpace) -> np.ndarray | None:

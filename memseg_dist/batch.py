@@ -10,11 +10,15 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE = -1
 """Class id of a pixel that no loss and no metric counts."""
+
+_ALIGNMENT = 16
+"""Bytes; of every array in a packed copy."""
 
 Supervision = Literal["masks", "labels", "none"]
 
@@ -24,6 +28,25 @@ def derive_seed(*parts: int | str) -> int:
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def onto_device(device: torch.device | str, *arrays: np.ndarray) -> tuple[Tensor, ...]:
+    """Host arrays on the device, by one copy for all of them, from pinned memory to a GPU: the host
+    does not wait. They share their memory there, so change none in place.
+    """
+    device = torch.device(device)
+    parts = [torch.from_numpy(array).contiguous() for array in arrays]
+    if device.type == "cpu":
+        return tuple(parts)
+    starts = np.cumsum([0, *(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts)])
+    packed = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    places = [slice(int(start), int(start) + part.nbytes) for start, part in zip(starts, parts)]
+    for place, part in zip(places, parts):
+        packed[place] = part.flatten().view(torch.uint8)
+    there = packed.to(device, non_blocking=True)
+    return tuple(
+        there[place].view(part.dtype).view(part.shape) for place, part in zip(places, parts)
+    )
 
 
 class CropBox(NamedTuple):
@@ -57,15 +80,15 @@ class Batch:
 
     images: uint8 [B, 3, H, W], RGB; padding is 0.
     valid: bool [B, H, W], False on padding (and on the whole of a sample that was skipped).
-    masks: int64 [B, H, W] of label-space class ids, IGNORE where unknown; None without masks.
+    masks: int64 [B, H, W] of label-space class ids, IGNORE where unknown; None without masks. They
+        come from the loader as int32, half the bytes, and are int64 after `to`.
     labels: per image its label-space class ids, ascending; () where there are none. They stay on
         the host, so sizes that depend on them never cost a device synchronisation.
     skipped: how many of the B samples could not be read and were blanked (counted, reported).
     crop_boxes: per image where its crop lies in the stored image; () if whoever made the batch does
         not say, or turns crops (`AugmentConfig.rotate`): a box cannot say where a turned one lies.
     saliency: float32 [B, H, W] in 0..1, -1 on padding; None without `Source.saliency`.
-    pseudo_masks: int64 [B, H, W] as `masks`, of the same pixels; None without
-        `Source.pseudo_masks`.
+    pseudo_masks: as `masks`, of the same pixels; None without `Source.pseudo_masks`.
     """
 
     images: Tensor
@@ -90,7 +113,12 @@ class Batch:
                 )
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """On the device, with masks as int64: what losses and indexing want."""
+        there = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        masks, pseudo_masks = (
+            None if ids is None else ids.long() for ids in (there.masks, there.pseudo_masks)
+        )
+        return dataclasses.replace(there, masks=masks, pseudo_masks=pseudo_masks)
 
     def pin_memory(self) -> Batch:
         return self._map(lambda tensor: tensor.pin_memory())

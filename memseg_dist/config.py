@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
+import torch
 import tyro
 
 from memseg_dist import jsonable
@@ -153,16 +154,41 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What computes gradients and holds the optimizer."""
+    """What computes gradients and holds the optimizer. What is None is decided by the device."""
 
     kind: Literal["deepspeed", "torch"] = "deepspeed"
     """DeepSpeed, or plain torch, which gives the same result."""
     zero_stage: int = 0
     """DeepSpeed: 0 replicates, 1 splits the optimizer's state over the workers, 2 gradients too."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: the backbone runs under autocast; heads, losses, gradients and memories stay fp32."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """bf16: the backbone runs under autocast; heads, losses, gradients and memories stay fp32. By
+    default bf16 on CUDA and fp32 elsewhere."""
+    tf32: bool | None = None
+    """TF32 for products and convolutions in fp32, on CUDA alone, where it is the default; False
+    keeps all 24 bits of them."""
     activation_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass instead of keeping them."""
+    channels_last: bool | None = None
+    """Convolutional backbones compute on [B, H, W, C] in memory; by default on CUDA. It is faster
+    on most CPUs too, and moves results by rounding."""
+    cudnn_benchmark: bool | None = None
+    """Training tries cuDNN's algorithms for every size of crop and takes the fastest, which need
+    not be the same in the next run; by default on CUDA."""
+    fused_optimizer: bool | None = None
+    """Update all parameters in one kernel; by default on CUDA. It moves results by rounding."""
+    compile: bool = False
+    """Compile the backbone with torch.compile: the first step takes minutes, and each size of crop
+    and kind of pass again."""
+
+    def on(self, device: torch.device | str) -> EngineConfig:
+        """The same with what is None decided for `device`: all that is fast on CUDA, else none."""
+        is_cuda = torch.device(device).type == "cuda"
+        fast: dict[str, Any] = dict.fromkeys(
+            ("tf32", "channels_last", "cudnn_benchmark", "fused_optimizer"), is_cuda
+        )
+        fast["precision"] = "bf16" if is_cuda else "fp32"
+        undecided = {name: value for name, value in fast.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **undecided)
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3:
@@ -223,14 +249,18 @@ class LoaderConfig:
     """How samples are read; changes nothing in what is read."""
 
     processes: int = 2
-    """Loader processes per worker; 0 reads in the worker itself."""
+    """Loader processes per worker; 0 reads in the worker itself. Ray keeps a CPU for each."""
+    prefetch: int = 2
+    """Micro-batches that each loader process keeps ready."""
     cache_dir: str | None = None
     """Directory of the shard and index cache; by default STORAGE/cache."""
     cache_bytes: int = 32 * 2**30
     """The cache forgets the least recently used shards above this size."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loader.", positive=("cache_bytes",), not_negative=("processes",))
+        check_numbers(
+            self, "loader.", positive=("prefetch", "cache_bytes"), not_negative=("processes",)
+        )
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 import tyro
 from train.shards import larvseg_config
 
+from memseg_dist.assemble import set_kernels
 from memseg_dist.config import (
     EngineConfig,
     LaunchConfig,
@@ -22,6 +24,7 @@ from memseg_dist.config import (
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.jsonable import flatten
 from memseg_dist.methods.classify import ClassifyConfig
+from memseg_dist.methods.method import evaluation_mode
 from memseg_dist.stages import LabelConfig
 
 
@@ -154,6 +157,42 @@ def test_zero_stage_3_and_too_many_workers_are_refused_when_built(config):
         EngineConfig(zero_stage=3)
     with pytest.raises(ValueError, match=r"6 is more than the 5 slots of the sources"):
         dataclasses.replace(config, launch=LaunchConfig(workers=6))
+
+
+def test_what_the_engine_leaves_open_is_decided_by_the_device():
+    fast = EngineConfig(
+        precision="bf16", tf32=True, channels_last=True, cudnn_benchmark=True, fused_optimizer=True
+    )
+    plain = EngineConfig(
+        precision="fp32", tf32=False, channels_last=False, cudnn_benchmark=False,
+        fused_optimizer=False,
+    )  # fmt: skip
+    assert EngineConfig().on("cuda:1") == fast and EngineConfig().on("cpu") == plain
+    assert fast.on("cpu") == fast and plain.on("cuda") == plain
+
+
+@pytest.fixture
+def switches():
+    cudnn = torch.backends.cudnn
+    found = [
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (cudnn, "allow_tf32"),
+        (cudnn, "benchmark"),
+    ]
+    before = [getattr(*switch) for switch in found]
+    yield found
+    for switch, value in zip(found, before, strict=True):
+        setattr(*switch, value)
+
+
+def test_kernels_are_set_up_for_cuda_alone(switches):
+    for is_fast in (True, False):
+        set_kernels(EngineConfig(tf32=is_fast, cudnn_benchmark=is_fast).on("cuda"), "cuda:1")
+        set_kernels(EngineConfig(tf32=not is_fast, cudnn_benchmark=not is_fast).on("cpu"), "cpu")
+        assert [getattr(*switch) for switch in switches] == [is_fast] * 3
+        with evaluation_mode(torch.nn.Identity()):
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark == is_fast
 
 
 def test_a_stride_beyond_the_window_is_refused():

@@ -13,6 +13,7 @@ Shape letters: H x W pixels of the image as stored, Y x X of the crop.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -207,16 +208,21 @@ def augment(
     if config.photometric:
         image = distort_colours(image, draw)
 
+    place = (row * width + column).numpy()
+
     def padded(pixels: Tensor, fill: int) -> Tensor:
         return _padded(pixels.masked_fill(~inside, fill), crop, fill)
+
+    def cut(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(pixels.numpy().take(place))  # many times faster than indexing
 
     return Augmented(
         image=padded(image, 0),
         valid=_padded(inside, crop, False),
-        mask=None if mask is None else padded(mask[row, column], IGNORE),
+        mask=None if mask is None else padded(cut(mask), IGNORE),
         crop_box=crop_box,
-        saliency=None if saliency is None else padded(saliency[row, column].float() / 255, -1),
-        pseudo_mask=None if pseudo_mask is None else padded(pseudo_mask[row, column], IGNORE),
+        saliency=None if saliency is None else padded(cut(saliency).float() / 255, -1),
+        pseudo_mask=None if pseudo_mask is None else padded(cut(pseudo_mask), IGNORE),
     )
 
 
@@ -292,7 +298,8 @@ def _crop_box(
         return top, left
     pixels, rows_at, columns_at = mask.numpy(), rows.numpy(), columns.numpy()
     for _ in range(_CROP_TRIES):
-        seen = pixels[rows_at[top : top + height : 2]][:, columns_at[left : left + width : 2]]
+        seen = pixels.take(rows_at[top : top + height : 2], axis=0)
+        seen = seen.take(columns_at[left : left + width : 2], axis=1)
         counts = np.bincount(seen[seen != IGNORE])
         if np.count_nonzero(counts) > 1 and counts.max() < config.category_max_ratio * counts.sum():
             break
@@ -325,13 +332,47 @@ def distort_colours(image: Tensor, draw: random.Random) -> Tensor:
 
 
 def _shift_colours(image: Tensor, gain: float, turn: float) -> Tensor:
-    """uint8 [3, H, W] with saturation times `gain` and hue turned by `turn` of the circle."""
-    hsv = np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("HSV"))
-    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # wraps around, as the circle does
-    scaled = np.clip(np.rint(np.arange(256) * gain), 0, 255).astype(np.uint8)
-    hsv[..., 1] = scaled[hsv[..., 1]]
-    pixels = np.array(Image.fromarray(hsv, mode="HSV").convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    """uint8 [3, H, W] with saturation times `gain` and hue turned by `turn` of the circle: to HSV
+    and back as Pillow goes, but by tables, in half the time.
+    """
+    chroma_of, colour_of = _colour_tables()
+    scaled = np.clip(np.rint(np.arange(256) * gain), 0, 255).astype(np.int64)
+    hue = (np.arange(256) + round(turn * 256)) % 256  # wraps around, as the circle does
+    moved = torch.from_numpy(hue[:, None] << 16 | scaled << 8).flatten()
+    chroma = chroma_of.index_select(0, _packed(image)).int() & 0xFFFF
+    value = image.amax(dim=0).flatten()
+    pixels = colour_of.index_select(0, moved.index_select(0, chroma) | value)
+    return pixels.view(torch.uint8).view(*image.shape[1:], 4)[..., :3].permute(2, 0, 1)
+
+
+@functools.cache
+def _colour_tables() -> tuple[Tensor, Tensor]:
+    """What Pillow makes of every colour, 96 MB, made in a second when first asked for.
+
+    int16 [2 ** 24]: hue and saturation, 8 bits each, of the colour `_packed` as red, green, blue.
+    int32 [2 ** 24]: the bytes red, green, blue, 0 of the colour packed as hue, saturation, value.
+    """
+    chroma = np.empty((256, 256 * 256), np.uint16)
+    colours = np.zeros((256, 256 * 256, 4), np.uint8)
+    block = np.empty((256, 256, 3), np.uint8)
+    block[..., 1], block[..., 2] = np.mgrid[:256, :256]
+    for first in range(256):
+        block[..., 0] = first
+        hsv = np.asarray(Image.fromarray(block).convert("HSV")).reshape(-1, 3).astype(np.uint16)
+        chroma[first] = hsv[:, 0] << 8 | hsv[:, 1]
+        rgb = Image.fromarray(block, mode="HSV").convert("RGB")
+        colours[first, :, :3] = np.asarray(rgb).reshape(-1, 3)
+    return (
+        torch.from_numpy(chroma.view(np.int16).ravel()),
+        torch.from_numpy(colours.reshape(-1).view(np.int32)),
+    )
+
+
+def _packed(image: Tensor) -> Tensor:
+    """uint8 [3, H, W] -> int64 [H * W], 8 bits of each channel, the first one's highest."""
+    packed = torch.zeros(*image.shape[1:], 4, dtype=torch.uint8)
+    packed[..., :3] = image.flip(0).permute(1, 2, 0)  # the lowest byte comes first
+    return packed.view(torch.int32).flatten().long()
 
 
 def _padded(pixels: Tensor, crop: tuple[int, int], fill: int | bool) -> Tensor:

@@ -105,8 +105,9 @@ class _Batches(Dataset[Batch]):
 class TrainLoader:
     """This rank's micro-batches, step by step.
 
-    num_processes: loader processes of this rank, 0 = load in this one. cache_bytes bounds the
-    machine's copy of remote shards; local paths are read in place.
+    num_processes: loader processes of this rank, 0 = load in this one. prefetch: batches that each
+    of them keeps ready. cache_bytes bounds the machine's copy of remote shards; local paths are
+    read in place.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class TrainLoader:
         cache_dir: str | Path | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         num_processes: int = 0,
+        prefetch: int = 2,
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
@@ -140,6 +142,7 @@ class TrainLoader:
             collate_fn=_unchanged,
             num_workers=num_processes,
             persistent_workers=num_processes > 0,
+            prefetch_factor=prefetch if num_processes else None,
             # Forking a process that runs gloo, NCCL or Ray threads can deadlock.
             multiprocessing_context=_context() if num_processes else None,
             pin_memory=pin_memory,

@@ -47,8 +47,8 @@ class PseudoMasks:
         self._reader = Reader(masks, shards, ids)
 
     def read(self, row: int) -> Tensor:
-        """int64 [H, W] in label-space ids, of the sample at this row of the source's index."""
-        return self._reader.read_mask(int(self._rows[row]))
+        """int32 [H, W] in label-space ids, of the sample at this row of the source's index."""
+        return self._reader.read_mask(int(self._rows[row])).int()
 
 
 def ids_by_uid(vocabulary: Vocabulary, label_space: LabelSpace, where: str) -> NDArray[np.int32]:

@@ -40,7 +40,7 @@ class Reader:
         self._cache = cache
         self._to_union = to_union
         # Local id -1 (unknown) indexes the last entry.
-        self._lookup = torch.from_numpy(np.append(to_union, np.int32(IGNORE)).astype(np.int32))
+        self._lookup = np.append(to_union, np.int32(IGNORE)).astype(np.int32)
         self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Reader:
         if highest >= len(self._to_union):
             where = self._where(row, row.mask_offset)
             raise CorruptSample(_outside(where, "mask value", highest, len(self._to_union)))
-        return self._lookup[mask]  # int32 indices work; -1 is the last entry
+        return torch.from_numpy(self._lookup.take(mask.numpy()))  # -1 is the last entry
 
     def _labels(self, row: Row) -> tuple[int, ...]:
         if row.labels and not 0 <= row.labels[0] <= row.labels[-1] < len(self._to_union):

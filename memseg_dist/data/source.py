@@ -143,11 +143,11 @@ class SourceReader:
             keys.append(key)
         masks = saliency = pseudo_masks = None
         if source.supervision == "masks":
-            masks = torch.stack([known(crop.mask) for crop in crops]).long()
+            masks = torch.stack([known(crop.mask) for crop in crops])
         if source.saliency is not None:
             saliency = torch.stack([known(crop.saliency) for crop in crops])
         if source.pseudo_masks is not None:
-            pseudo_masks = torch.stack([known(crop.pseudo_mask) for crop in crops]).long()
+            pseudo_masks = torch.stack([known(crop.pseudo_mask) for crop in crops])
         return Batch(
             images=torch.stack([crop.image for crop in crops]),
             valid=torch.stack([crop.valid for crop in crops]),

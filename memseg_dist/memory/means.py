@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memseg_dist import dist
+from memseg_dist.batch import onto_device
 from memseg_dist.memory.layouts import Rings
 from memseg_dist.memory.rows import ShardedRows
 
@@ -32,7 +33,9 @@ class ClassMeans:
         """One small all-gather, of the changed classes; the host knows its sizes."""
         bank = self.bank
         mine = classes[(classes >= bank.owned.start) & (classes < bank.owned.stop)]
-        first_n = bank.put(bank.layout.starts[mine] - bank.start)
+        first_n, changed = onto_device(
+            self.means.device, bank.layout.starts[mine] - bank.start, classes
+        )
         index_nM = first_n[:, None] + torch.arange(self.capacity, device=first_n.device)
         is_set_nM = bank.updates[index_nM] > 0
         kept_nMD = torch.where(is_set_nM[:, :, None], bank.rows[index_nM].float(), 0.0)
@@ -42,6 +45,5 @@ class ClassMeans:
         if bank.table == "sharded":
             sizes = np.diff(np.searchsorted(classes, bank.bounds)).tolist()
             found = dist.all_gather_ragged(found, sizes)
-        changed = bank.put(classes)
         self.means[changed] = found[:, :-1]
         self.counts[changed] = found[:, -1].long()

@@ -1,7 +1,7 @@
 """What the slots of a step hand in, and how all ranks come to see it in one order.
 
     proposals.add(ids, rows, clock)          # in forward: local, detached, no traffic
-    ids, origin, rows = proposals.gather()   # collective, once per step: every rank gets the same
+    seen = proposals.gather()                # collective, once per step: every rank gets the same
 
 The order is (slot, row), whichever rank ran the slot: what is applied in it cannot depend on the
 number of workers.
@@ -20,10 +20,15 @@ from memseg_dist.batch import Clock
 
 
 class Gathered(NamedTuple):
-    """All ranks' proposals: ids int64 [E, I]; origin int64 [E, 2], (slot, row); rows [E, ...]."""
+    """All ranks' proposals, in order: ids int64 [E, I]; origin int64 [E, 2], (slot, row).
+
+    rows: [E, ...] as they came, that of event e at order[e]. What else the reader brings to the
+    device can go there together with the order.
+    """
 
     ids: np.ndarray
     origin: np.ndarray
+    order: np.ndarray
     rows: Tensor
 
 
@@ -65,6 +70,5 @@ class Proposals:
         header = dist.all_gather_ragged(local, counts).numpy()
         rows = dist.all_gather_ragged(local_rows, counts)
         order = np.lexsort((header[:, -1], header[:, -2]))
-        on_device = torch.from_numpy(order).to(rows.device, non_blocking=True)
         header = header[order]
-        return Gathered(header[:, : self.num_ids], header[:, self.num_ids :], rows[on_device])
+        return Gathered(header[:, : self.num_ids], header[:, self.num_ids :], order, rows)

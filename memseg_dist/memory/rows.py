@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from memseg_dist import dist
-from memseg_dist.batch import Clock, derive_seed
+from memseg_dist.batch import Clock, derive_seed, onto_device
 from memseg_dist.memory.layouts import Layout, TableKind
 from memseg_dist.memory.proposals import Proposals
 from memseg_dist.memory.rules import Events, Rule
@@ -134,7 +134,7 @@ class ShardedRows:
 
     def put(self, values: np.ndarray) -> Tensor:
         """`values` on the device of the rows."""
-        return torch.from_numpy(values).to(self._rows.device, non_blocking=True)
+        return onto_device(self._rows.device, values)[0]
 
     # ---------------------------------------------------------------- writing
 
@@ -169,7 +169,7 @@ class ShardedRows:
         """Apply all ranks' events in (slot, row) order. Collective: ids go over the host, values
         over the device.
         """
-        ids_EI, origin_E2, payload = self._proposals.gather()
+        ids_EI, origin_E2, order_E, payload = self._proposals.gather()
         if len(ids_EI) == 0:
             return
         row_E = self.layout.find(ids_EI)
@@ -179,7 +179,7 @@ class ShardedRows:
         written: Tensor | slice = slice(0)
         if len(mine):
             step_E = np.full(len(mine), clock.step)
-            host = [mine, row_E[mine] - self.start, step_E, *origin_E2[mine].T]
+            host = [order_E[mine], row_E[mine] - self.start, step_E, *origin_E2[mine].T]
             table = self.put(np.stack(host))  # one copy to the device
             written = self._write(table[1], payload[table[0]], table[2:].T, clock)
         self._tell(np.unique(ids_EI[has_row_E, 0]), written)

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memseg_dist.batch import Batch, Clock
+from memseg_dist.batch import Batch, Clock, onto_device
 from memseg_dist.methods.method import LinearLogits, Method, MethodConfig
-from memseg_dist.methods.pairs import check_source, onto_device
+from memseg_dist.methods.pairs import check_source
 
 if TYPE_CHECKING:
     from memseg_dist.methods.setup import Setup

@@ -250,12 +250,17 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def evaluation_mode(method: nn.Module) -> Iterator[None]:
-    """No gradients and every module in eval mode; each module's own mode is restored after."""
+    """No gradients and every module in eval mode; each module's own mode is restored after.
+
+    cuDNN's algorithms are not tried out: pictures to predict come in many sizes, each but once.
+    """
     training = [(module, module.training) for module in method.modules()]
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     method.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        torch.backends.cudnn.benchmark = benchmark
         for module, mode in training:
             module.training = mode

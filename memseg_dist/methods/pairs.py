@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memseg_dist.batch import IGNORE, Batch
+from memseg_dist.batch import IGNORE, Batch, onto_device
 from memseg_dist.data.source import Source
 
 
@@ -51,11 +51,6 @@ class LabelPairs:
 
     def __len__(self) -> int:
         return len(self.class_ids)
-
-
-def onto_device(device: torch.device | str, *arrays: np.ndarray) -> tuple[Tensor, ...]:
-    """Host arrays on the device, copied without waiting for it."""
-    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
 
 
 def columns_of(class_ids_N: np.ndarray | Sequence[int], num_classes: int) -> np.ndarray:

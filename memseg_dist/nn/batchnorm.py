@@ -14,7 +14,8 @@ passes of all slots of all ranks.
 Only what runs inside `recording` counts: not a preview, not evaluation, not what activation
 checkpointing computes again during the backward pass. It works on any BatchNorm class (timm's fused
 ones too): the layer's own momentum is 0, so its running statistics stay put, but for a recorded
-pass it writes to others, which hooks keep beside it.
+pass it writes to others, which hooks keep beside it. torch.compile leaves the hooks alone: it would
+compile anew for every slot.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from memseg_dist import dist
+from memseg_dist.batch import onto_device
 
 
 @dataclass
@@ -118,7 +121,7 @@ def commit_statistics(module: nn.Module) -> None:
         zero = torch.zeros(2, layer.num_features, device=layer.running_mean.device)
         sums.append(sum(parts, zero).flatten())
         passes.append(float(len(parts)))
-    counts = torch.tensor(passes).to(sums[0].device, non_blocking=True)
+    (counts,) = onto_device(sums[0].device, np.array(passes, dtype=np.float32))
     flat = dist.all_reduce_sum(torch.cat([counts, *sums]))
     totals = flat[len(layers) :].split([part.numel() for part in sums])
     for layer, count, total in zip(layers, flat[: len(layers)], totals):
@@ -148,6 +151,7 @@ def _setting(module: nn.Module, name: str, value: int | str | None) -> Iterator[
             setattr(statistics, name, old)
 
 
+@torch.compiler.disable
 def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     """Give the layer statistics to write to that are this pass's alone: BatchNorm computes them
     anyway, and with momentum 1 it keeps nothing else.
@@ -163,6 +167,7 @@ def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     layer.momentum = 1.0
 
 
+@torch.compiler.disable
 def _after(layer: Any, arguments: tuple[Tensor, ...], output: Tensor | None) -> None:
     statistics: SlotStatistics = layer.slot_statistics
     if statistics.running is None:

@@ -76,6 +76,7 @@ def deepspeed_config(config: RunConfig, num_parameters: int) -> dict[str, Any]:
             "allgather_bucket_size": bucket,
         },
         "steps_per_print": 2**60,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every slot
     }
 
 
@@ -90,9 +91,10 @@ class DeepSpeedEngine:
         # ZeRO gives them the shape they started with after every step
         self._scalars = [parameter for parameter in method.parameters() if parameter.ndim == 0]
         self._reshape_scalars((1,))
+        fused = bool(config.engine.on(device).fused_optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=method,
-            optimizer=optim.build_optimizer(method, config.optimizer),
+            optimizer=optim.build_optimizer(method, config.optimizer, fused=fused),
             config=deepspeed_config(config, num_parameters),
         )
         self._reshape_scalars(())

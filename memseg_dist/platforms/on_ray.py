@@ -67,11 +67,11 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
     RunFailed when the group failed for good, with the text of the worker's error that caused it.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice
-    connect(config.launch)
+    connect(config)
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     gpu = has_gpus if config.launch.use_gpu is None else config.launch.use_gpu
     low, high = config.launch.workers_range
-    _warn_if_small(config.launch, low, gpu)
+    _warn_if_small(config, low, gpu)
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"worker": worker, "config_json": config_json, "gpu": gpu},
@@ -79,7 +79,7 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
         scaling_config=ray_config.ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=gpu,
-            resources_per_worker=_resources(config.launch, gpu),
+            resources_per_worker=_resources(config, gpu),
         ),
         run_config=ray_config.RunConfig(
             name="ray",
@@ -115,15 +115,15 @@ def _helpers_find_this_cluster() -> Iterator[None]:
             os.environ["RAY_ADDRESS"] = before
 
 
-def connect(launch: LaunchConfig) -> None:
+def connect(config: RunConfig) -> None:
     """Joins the named cluster, or starts one here that is large enough for the run."""
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = launch.address or os.environ.get("RAY_ADDRESS")
+    address = config.launch.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        cpus = max(os.cpu_count() or 1, launch.workers_range[1] * launch.cpus_per_worker)
-        ray.init(address="local", num_cpus=cpus)
+        wanted = config.launch.workers_range[1] * _cpus(config)
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, wanted))
         return
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     # a job brings its working directory; otherwise other machines get this very package
@@ -174,20 +174,24 @@ def _environment(launch: LaunchConfig) -> dict[str, str]:
     }
 
 
-def _resources(launch: LaunchConfig, gpu: bool) -> dict[str, float]:
-    return {"CPU": launch.cpus_per_worker, **({"GPU": 1} if gpu else {})}
+def _cpus(config: RunConfig) -> int:
+    """Of one worker: its own and its loader's."""
+    return config.launch.cpus_per_worker + config.loader.processes
 
 
-def _warn_if_small(launch: LaunchConfig, workers: int, gpu: bool) -> None:
-    have = ray.cluster_resources()
-    room = min(
-        math.floor(have.get(name, 0) / amount) for name, amount in _resources(launch, gpu).items()
-    )
-    if room < workers:
-        kind = "GPU" if gpu else "CPU"
+def _resources(config: RunConfig, gpu: bool) -> dict[str, float]:
+    return {"CPU": _cpus(config), **({"GPU": 1} if gpu else {})}
+
+
+def _warn_if_small(config: RunConfig, workers: int, gpu: bool) -> None:
+    have, wanted = ray.cluster_resources(), _resources(config, gpu)
+    room = {name: math.floor(have.get(name, 0) / amount) for name, amount in wanted.items()}
+    kind = min(room, key=room.__getitem__)
+    if room[kind] < workers:
         print(
-            f"the cluster has room for {room} of {workers} workers "
-            f"({have.get(kind, 0):g} {kind}s); waiting for it to grow",
+            f"the cluster has room for {room[kind]} of {workers} workers "
+            f"({have.get(kind, 0):g} {kind}s, {wanted[kind]:g} for each); waiting for it to grow. "
+            "A worker takes launch.cpus_per_worker and loader.processes CPUs",
             flush=True,
         )
 

@@ -121,7 +121,8 @@ class TorchEngine:
 
     def __init__(self, method: Method, config: RunConfig, device: torch.device) -> None:
         self.method, self.config, self.device = method, config, device
-        self.optimizer = optim.build_optimizer(method, config.optimizer)
+        fused = bool(config.engine.on(device).fused_optimizer)
+        self.optimizer = optim.build_optimizer(method, config.optimizer, fused=fused)
         self._named = optim.trainable(method)
         optim.initialise_state(self.optimizer, config.optimizer, [*self._named.values()])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,12 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return lr
 
 
-def build_optimizer(method: Method, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    method: Method, config: OptimizerConfig, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """Groups by weight decay (as a rule none for tensors of fewer than two axes) and rate scale.
+
+    fused: one kernel for all parameters.
 
     ValueError if nothing can be trained, or if a scale is set for a group that has no parameter.
     """
@@ -60,11 +65,12 @@ def build_optimizer(method: Method, config: OptimizerConfig) -> torch.optim.Opti
         {"params": parameters, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), parameters in groups.items()
     ]
+    more: dict[str, Any] = {"fused": True} if fused else {}
     if config.kind == "sgd":
         return torch.optim.SGD(
-            options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+            options, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, **more
         )
-    return torch.optim.AdamW(options, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(options, lr=config.lr, betas=config.betas, **more)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -92,7 +98,9 @@ def initialise_state(
         for key in state_keys(config):
             state[key] = torch.zeros_like(tensor)
         if config.kind == "adamw":
-            state["step"] = torch.tensor(0.0)
+            # a fused update counts on the device
+            is_fused = optimizer.defaults.get("fused")
+            state["step"] = torch.zeros((), device=tensor.device if is_fused else "cpu")
 
 
 def state_keys(config: OptimizerConfig) -> tuple[str, ...]:
@@ -129,7 +137,7 @@ def load_whole_state(
 def update_count(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's {"step": float32 []}, the same for every tensor; nothing for SGD."""
     counts = [state["step"] for state in optimizer.state.values() if "step" in state]
-    return {"step": counts[0].clone()} if counts else {}
+    return {"step": counts[0].cpu().clone()} if counts else {}
 
 
 def load_update_count(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:

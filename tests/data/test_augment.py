@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from memseg_dist.data.augment import (
     AugmentConfig,
@@ -140,6 +141,19 @@ def test_hue_and_saturation_against_colorsys(gain, turn):
         hue, saturation, value = colorsys.rgb_to_hsv(*(v / 255 for v in before))
         turned = colorsys.hsv_to_rgb((hue + turn) % 1, min(1, saturation * gain), value)
         assert (after - torch.tensor(turned) * 255).abs().max() < 8  # 256 levels of hue
+
+
+@pytest.mark.parametrize(("gain", "turn"), [(1.0, 0.1), (1.5, -0.1), (0.5, 0.0), (1.4, 0.049)])
+def test_tables_give_every_colour_that_pillow_gives(gain, turn):
+    """On a sample of the 2 ** 24 colours that has all values of all channels."""
+    colours = np.random.default_rng(0).permutation(1 << 24)[: 1 << 18].astype(np.uint32)
+    image = colours.view(np.uint8).reshape(512, 512, 4)[..., :3]
+    hsv = np.array(Image.fromarray(np.ascontiguousarray(image)).convert("HSV"))
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)
+    hsv[..., 1] = np.clip(np.rint(hsv[..., 1] * gain), 0, 255)
+    wanted = np.array(Image.fromarray(hsv, mode="HSV").convert("RGB"))
+    made = _shift_colours(torch.from_numpy(image.copy()).permute(2, 0, 1), gain, turn)
+    assert np.array_equal(made.permute(1, 2, 0).numpy(), wanted)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class StepContract:
             cache_dir=config.cache_directory,
         )
         *_, slots = loader.steps(step, step + 1)
-        return [(b, dataclasses.replace(c, num_steps=config.steps)) for b, c in slots]
+        return [(b.to("cpu"), dataclasses.replace(c, num_steps=config.steps)) for b, c in slots]
 
     @pytest.fixture(scope="class")
     def data(self, tmp_path_factory) -> Path:

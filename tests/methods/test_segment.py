@@ -168,4 +168,9 @@ class TestContract(MethodContract):
 
 
 class TestContractWithBatchNorm(TestContract):
-    changes = {"backbone": BackboneConfig("test_resnet", output_stride=8, drop_path=0.0)}
+    """And channels_last, as on CUDA."""
+
+    changes = {
+        "backbone": BackboneConfig("test_resnet", output_stride=8, drop_path=0.0),
+        "engine": EngineConfig("torch", channels_last=True),
+    }

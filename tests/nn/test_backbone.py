@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -270,6 +272,56 @@ def test_precision_is_the_backbones_own(config):
     assert kinds == {torch.float32, torch.bfloat16} and features.dtype == torch.float32
     assert not torch.equal(features, expected)
     torch.testing.assert_close(features, expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("config", [RESNET, VGG, RESNET38, CONVNEXT])
+def test_channels_last_reaches_every_convolution_and_leaves_the_weights(config):
+    nets = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        config = dataclasses.replace(config, drop_path=0)
+        nets.append(build_backbone(config, channels_last=channels_last).double().eval())
+    last = nets[1]
+    seen = []
+    for layer in last.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    x, valid = images(48, 80), torch.rand(2, 48, 80) > 0.1  # filled up to whole positions
+    gradients = []
+    for net in nets:
+        net(x, valid)[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    assert seen and all(map.is_contiguous(memory_format=torch.channels_last) for map in seen)
+    for name, parameter in last.named_parameters():
+        assert parameter.is_contiguous() and parameter.grad.is_contiguous(), name
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [TINY_VIT, RESNET])
+def test_compiled_it_is_the_same_net_and_compiles_once_for_all_slots(monkeypatch, config):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = build_backbone(config).train()
+    compiled = copy.deepcopy(plain)
+    compiled.compile()
+    x, graphs = images(64, 64), []
+    for slot in range(3):
+        found = []
+        for net in (plain, compiled):
+            net.zero_grad()
+            torch.manual_seed(slot)  # drop path
+            with recording(net, slot):
+                (features,) = net(x)
+            features.square().mean().backward()
+            found.append([features, *(p.grad for p in net.parameters() if p.grad is not None)])
+        torch.testing.assert_close(found[1], found[0])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] > 0
+    for net in (plain, compiled):
+        commit_statistics(net)
+    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
 
 
 def test_padding_is_zero_after_normalisation():

@@ -19,9 +19,12 @@ SGD = OptimizerConfig(kind="sgd", lr=0.1, weight_decay=0.01, clip_norm=0.5, back
 ADAMW = OptimizerConfig(kind="adamw", lr=0.01, weight_decay=0.05)
 
 
-def build(kind, optimizer, stage=0):
-    config = tiny_config(optimizer, EngineConfig(kind, zero_stage=stage))
-    return {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[kind](Tiny(), config, CPU)
+def build(kind, optimizer, stage=0, fused=None):
+    config = tiny_config(optimizer, EngineConfig(kind, zero_stage=stage, fused_optimizer=fused))
+    engine = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[kind](Tiny(), config, CPU)
+    held = engine.optimizer if kind == "torch" else engine._optimizer
+    assert bool(held.defaults["fused"]) == bool(fused)
+    return engine
 
 
 def steps(engine, start, stop):
@@ -45,8 +48,8 @@ def run(kind, optimizer, stage, num_steps=4):
     return losses, norms, dict(state.weights), dict(state.optimizer)
 
 
-def continue_run(kind, optimizer, stage, state, start, stop):
-    engine = build(kind, optimizer, stage)
+def continue_run(kind, optimizer, stage, state, start, stop, fused=None):
+    engine = build(kind, optimizer, stage, fused)
     if state is not None:
         engine.load(EngineState(*state))
     losses, _ = steps(engine, start, stop)
@@ -90,6 +93,24 @@ def test_any_engine_at_any_size_trains_alike(process_pool, reference, optimizer,
     # Adam divides by the root of tiny second moments: rounding of a gradient grows in the update
     assert_close(results[0][2], wanted_weights, 2e-6 if optimizer == "sgd" else 1e-4)
     assert_close(results[0][3], wanted_state, 2e-6 if optimizer == "sgd" else 1e-4)
+
+
+FUSED = [("torch", 0), ("deepspeed", 0), ("deepspeed", 2)]
+
+
+@pytest.mark.parametrize("kind, stage", FUSED)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_fused_optimizer_trains_alike_and_goes_on(
+    process_pool, reference, optimizer, kind, stage
+):
+    """Its state is that of the other: the last steps are taken by one that is not fused."""
+    config = OPTIMIZERS[optimizer]
+    first = process_pool(1).run(continue_run, kind, config, stage, None, 0, 2, True)
+    second = process_pool(1).run(continue_run, "torch", config, 0, first[0][1], 2, 3)
+    third = process_pool(1).run(continue_run, kind, config, stage, second[0][1], 3, 4, True)
+    assert_close(merged([*first, *second, *third]), reference[optimizer][0])
+    assert_close(third[0][1][0], reference[optimizer][2], 1e-4)
+    assert_close(third[0][1][1], reference[optimizer][3], 1e-4)
 
 
 NESTEROV = OptimizerConfig(
@@ -137,6 +158,12 @@ def test_state_moves_between_sizes_kinds_and_stages(process_pool, reference, opt
     third = process_pool(3).run(continue_run, "deepspeed", config, 0, second[0][1], 2, 3)
     fourth = process_pool(2).run(continue_run, "deepspeed", config, 1, third[0][1], 3, 4)
     assert_close(merged([*first, *second, *third, *fourth]), reference[optimizer][0])
+
+
+def test_deepspeed_times_no_throughput():
+    """Its timer waits for the device at the start and end of every slot."""
+    engine = build("deepspeed", SGD)
+    assert not engine._engine.tput_timer.config.enabled
 
 
 def test_state_that_does_not_fit_is_refused():

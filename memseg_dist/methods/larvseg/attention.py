@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memseg_dist.methods.pairs import LabelPairs, onto_device
+from memseg_dist.batch import onto_device
+from memseg_dist.methods.pairs import LabelPairs
 from memseg_dist.nn.resize import upsample
 
 EPSILON = 1e-5

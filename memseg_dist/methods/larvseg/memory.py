@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memseg_dist.batch import Clock
+from memseg_dist.batch import Clock, onto_device
 from memseg_dist.memory.layouts import Rings
 from memseg_dist.memory.means import ClassMeans
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.memory.rules import Overwrite
 from memseg_dist.methods.larvseg.config import LarvSegConfig
-from memseg_dist.methods.pairs import LabelPairs, onto_device
+from memseg_dist.methods.pairs import LabelPairs
 
 
 class PixelMemory:
@@ -59,9 +59,11 @@ class PixelMemory:
         of which nothing is seen.
         """
         kept = np.flatnonzero(self._is_kept[pairs.class_ids])
-        (index,) = onto_device(event_RD.device, kept)
+        if len(kept) < len(pairs):
+            (index,) = onto_device(event_RD.device, kept)
+            event_RD, is_seen_R = event_RD[index], is_seen_R[index]
         ids = pairs.class_ids[kept] + self._first_ring(clock)
-        self.rows.propose(ids, event_RD[index], clock, weight=is_seen_R[index])
+        self.rows.propose(ids, event_RD, clock, weight=is_seen_R)
 
     def look_up(self, class_ids: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
         """Mean [..., D] of each class as of the last commit, and whether it is warm [...]."""

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memseg_dist.batch import Batch, Clock
+from memseg_dist.batch import Batch, Clock, onto_device
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.methods.larvseg import attention
 from memseg_dist.methods.larvseg.classifier import CosineClassifier, class_normalised
@@ -58,7 +58,7 @@ from memseg_dist.methods.larvseg.losses import (
 )
 from memseg_dist.methods.larvseg.memory import PixelMemory
 from memseg_dist.methods.method import LinearLogits, Method, memory_figures
-from memseg_dist.methods.pairs import LabelPairs, check_source, columns_of, onto_device, to_columns
+from memseg_dist.methods.pairs import LabelPairs, check_source, columns_of, to_columns
 
 
 class LarvSeg(Method):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memseg_dist.batch import Batch
+from memseg_dist.batch import Batch, onto_device
 from memseg_dist.data.source import Source
-from memseg_dist.methods.pairs import columns_of, onto_device
+from memseg_dist.methods.pairs import columns_of
 
 
 class ClassTable:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from memseg_dist.batch import Batch, Clock, derive_seed
+from memseg_dist.batch import Batch, Clock, derive_seed, onto_device
 from memseg_dist.memory.contrast import Contrast
 from memseg_dist.memory.layouts import image_id
 from memseg_dist.memory.proposals import Proposals
 from memseg_dist.memory.rows import ShardedRows
-from memseg_dist.methods.pairs import LabelPairs, onto_device
+from memseg_dist.methods.pairs import LabelPairs
 from memseg_dist.methods.rca.config import RCAConfig
 from memseg_dist.methods.rca.mixup import MixupPlan, no_mixup, plan_mixup
 
@@ -70,7 +70,8 @@ class RegionContrast:
     def exchange(self, clock: Clock) -> None:
         """Show every rank what all slots previewed. Collective."""
         seen = self._seen.gather()
-        self._previewed = self._mixed(seen.origin[:, 0], seen.ids, seen.rows, clock)
+        (order,) = onto_device(seen.rows.device, seen.order)
+        self._previewed = self._mixed(seen.origin[:, 0], seen.ids, seen.rows[order], clock)
 
     def forget(self) -> None:
         """The step is over."""

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memseg_dist.batch import Batch
-from memseg_dist.methods.pairs import onto_device
+from memseg_dist.batch import Batch, onto_device
 
 RegionMask = Literal["mean", "softmax"]
 

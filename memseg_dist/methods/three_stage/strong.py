@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as colour
 
-from memseg_dist.methods.pairs import onto_device
+from memseg_dist.batch import onto_device
 
 if TYPE_CHECKING:
     from memseg_dist.methods.three_stage.config import ThreeStageConfig
