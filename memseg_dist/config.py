@@ -159,6 +159,11 @@ class EngineConfig:
     """bf16: the backbone runs under autocast; heads, losses, gradients and memories stay fp32."""
     activation_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass instead of keeping them."""
+    ordered_sums: bool | None = None
+    """Add up the slots' gradients in the order of the slots, which makes a run on CPU the same bit
+    by bit on any number of workers. Without a value: on CPU only, since CUDA's own sums have no
+    order. It costs an exchange of gradients per slot instead of one per step. ZeRO 1 and 2 reduce
+    in an order of their own."""
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3:
