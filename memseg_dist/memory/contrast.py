@@ -6,7 +6,8 @@
 Queries travel, rows stay: four exchanges of a few floats per query and channel, whatever the
 number of rows. Value and gradient equal those of one process that holds all rows: on CPU bit by
 bit, for there the queries of one slot meet the rows of one class at a time, in products and sums
-whose shape and order know no rank, and the classes' parts of a gradient are added as whole numbers.
+whose shape and order know no rank, and the classes' parts of a gradient are added as whole numbers
+(with channels in multiples of 16: rows that start elsewhere than at 64 bytes may round otherwise).
 On CUDA all queries meet all rows of a rank at once.
 
 A query is told from others as of several classes (a mixture: of two). Its rows are scored once for
@@ -92,7 +93,12 @@ class _RowContrast(torch.autograd.Function):
             classes_QK = dist.all_gather_ragged(torch.from_numpy(classes_MK), counts).numpy()
             queries_QX = torch.cat([queries_MD, weights_MK], dim=1)
             queries_QX = dist.all_gather_ragged(queries_QX, counts)
-            queries_QD, weights_QK = queries_QX.split([queries_MD.shape[1], weights_MK.shape[1]], 1)
+            widths = [queries_MD.shape[1], weights_MK.shape[1]]
+            # copies: products round by how their operands lie in memory, too
+            queries_QD, weights_QK = (
+                part.clone(memory_format=torch.contiguous_format)
+                for part in queries_QX.split(widths, dim=1)
+            )
         parts = [
             _loss_and_gradient(queries_QD[c], classes_QK[c], weights_QK[c], bank, scale_T)
             for c in _chunks(counts, bank)
@@ -117,7 +123,8 @@ def _loss_and_gradient(
     is_sharded, pieces = bank.table == "sharded", _pieces(bank)
     score_QT = query_QD.new_full((len(query_QD), len(bank.rows) + 1), -torch.inf)
     for piece in pieces:
-        torch.matmul(query_QD, bank.rows[piece].T, out=score_QT[:, piece])
+        # not `out=`: a product rounds by how its result lies in memory
+        score_QT[:, piece] = query_QD @ bank.rows[piece].T
     score_QT[:, :-1].mul_(scale_T).masked_fill_(~bank.is_set, -torch.inf)
     index_QKL, is_rival_QKJ = _own_rows(classes_QK, bank), _rivals(classes_QK, bank)
     index_QX = index_QKL.flatten(1)
