@@ -46,6 +46,7 @@ def rca_config(data: Path, storage: Path, **changes) -> RunConfig:
     options = {
         "sources": (Source("weak", str(data / "weak"), "labels", 5, 2, AUGMENT),),
         "method": METHOD,
+        "engine": EngineConfig("torch"),
         "steps": NUM_STEPS,
         "validation": validation,
     }
@@ -104,7 +105,7 @@ def test_a_run_fills_memory_maps_and_prototypes(whole):
 def test_rows_maps_and_prototypes_are_those_of_one_worker_on_four_after_a_resume_on_two(
     whole, tmp_path, process_pool
 ):
-    """The contract compares losses, weights and digests; here the values that are remembered."""
+    """Bit by bit, under the other engine too: what is remembered, its clusters, the losses."""
     config, wanted = whole
     other = dataclasses.replace(config, storage=str(tmp_path), engine=EngineConfig("deepspeed"))
     assert process_pool(2).run(run, to_json(other), 1)[0]["status"] == "stopped"
