@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg_dist import dist
@@ -44,10 +43,9 @@ class GradientSum:
         if dist.size() == 1 or not self.in_order:
             return
         for number, bucket in enumerate(self._buckets):
-            flat = _flat(bucket)
+            flat = _flat(bucket, dist.size())
             for parameter in bucket:
                 parameter.grad = None
-            flat = F.pad(flat, (0, -len(flat) % dist.size()))
             of_ranks = dist.all_to_all(flat.view(dist.size(), -1))
             if number == len(self._parts):
                 self._parts.append(torch.zeros_like(of_ranks[0]))
@@ -70,9 +68,12 @@ class GradientSum:
         self._parts.clear()
 
 
-def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:
-    gradients = (p.new_zeros(p.numel()) if p.grad is None else p.grad for p in parameters)
-    return torch.cat([gradient.flatten() for gradient in gradients])
+def _flat(parameters: Sequence[nn.Parameter], multiple: int = 1) -> Tensor:
+    """Their gradients one after another, and zeros up to a multiple of so many numbers."""
+    gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad for p in parameters]
+    padding = -sum(gradient.numel() for gradient in gradients) % multiple
+    flat = [gradient.flatten() for gradient in gradients]
+    return torch.cat([*flat, flat[0].new_zeros(padding)])
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
