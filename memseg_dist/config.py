@@ -179,6 +179,11 @@ class EngineConfig:
     compile: bool = False
     """Compile the backbone with torch.compile: the first step takes minutes, and each size of crop
     and kind of pass again."""
+    ordered_sums: bool | None = None
+    """Add up the slots' gradients in the order of the slots, which makes a run on CPU the same bit
+    by bit on any number of workers. Without a value: on CPU only, since CUDA's own sums have no
+    order. It costs an exchange of gradients per slot instead of one per step. ZeRO 1 and 2 reduce
+    in an order of their own."""
 
     def on(self, device: torch.device | str) -> EngineConfig:
         """The same with what is None decided for `device`: all that is fast on CUDA, else none."""

@@ -1,4 +1,4 @@
-"""Eight verbs over `torch.distributed`, identities in a single process.
+"""Nine verbs over `torch.distributed`, identities in a single process.
 
 Tensors travel on the process group's backend of their device: NCCL for CUDA tensors, gloo for CPU
 tensors. With the backend "cpu:gloo,cuda:nccl" host-side sizes are exchanged without touching the
@@ -51,6 +51,15 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(size())]
     torch_dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
+
+
+def all_to_all(tensor: Tensor) -> Tensor:
+    """[W, n, ...]: part r goes to rank r -> [W, n, ...]: part r came from rank r."""
+    if size() == 1:
+        return tensor
+    received = torch.empty_like(tensor)
+    torch_dist.all_to_all_single(received, tensor.contiguous())
+    return received
 
 
 def all_gather_ragged(tensor: Tensor, sizes: Sequence[int]) -> Tensor:

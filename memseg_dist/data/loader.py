@@ -1,8 +1,9 @@
 """Batches for training.
 
-A global step is all S slots, each a micro-batch of one source; a rank runs a contiguous range of
-them. What a slot holds at a step is a pure function of (sources, seed, step, slot): not of the
-rank, the number of workers or of loader processes, and not of where a run was interrupted.
+A global step is all S slots, each a micro-batch of one source; they are dealt out to the ranks in
+turns, so that every rank gets the same mix of sources. What a slot holds at a step is a pure
+function of (sources, seed, step, slot): not of the rank, the number of workers or of loader
+processes, and not of where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ class SlotPlan(NamedTuple):
 
 
 def slots_of(rank: int, world_size: int, num_slots: int) -> list[SlotPlan]:
-    """Rank's slots, ceil(num_slots / world_size) of them on every rank."""
+    """Rank's slots: every `world_size`-th, ceil(num_slots / world_size) of them on every rank.
+
+    So the ranks run neighbouring slots at a time, in the order of the ranks (`train.gradients`).
+    """
     if world_size > num_slots:
         raise ValueError(
             f"{world_size} workers for {num_slots} slots: every worker needs at least one slot; "
             f"run at most {num_slots} workers or give the sources more slots"
         )
     assert 0 <= rank < world_size
-    own = range(rank * num_slots // world_size, (rank + 1) * num_slots // world_size)
-    plans = [SlotPlan(slot, False) for slot in own]
+    plans = [SlotPlan(slot, False) for slot in range(rank, num_slots, world_size)]
     longest = -(-num_slots // world_size)
-    return plans + [SlotPlan(own[0], True)] * (longest - len(plans))
+    return plans + [SlotPlan(rank, True)] * (longest - len(plans))
 
 
 class _Request(NamedTuple):

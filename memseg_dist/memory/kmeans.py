@@ -60,6 +60,7 @@ def kmeans(
     max_iterations: int = 300,
     num_starts: int = 1,
     tolerance: float = 1e-4,
+    alone: bool = False,
 ) -> Clusters:
     """Cluster rows [0, sizes[0]), the next sizes[1], ... each into at most `num_clusters`.
 
@@ -67,6 +68,9 @@ def kmeans(
     is the same whatever their number. A problem stops once the squared moves of its centroids sum
     to at most `tolerance` times the mean variance of its channels, as in scikit-learn ("faiss":
     once the objective stands still).
+
+    alone: one problem at a time, so that what it is clustered beside does not even change rounding:
+    slower where problems are many and small.
 
     A problem with at most K rows gets each row as a centroid of its own. A centroid that loses all
     rows moves to the row farthest from its own centroid. With fewer than K distinct rows only as
@@ -85,7 +89,8 @@ def kmeans(
     device, first = rows_ND.device, np.cumsum(sizes) - sizes
     found = _rows_as_centroids(rows_ND, sizes, num_clusters)
     kind = "cpu" if device.type == "cpu" else "cuda"
-    max_rows = CHUNK_BYTES[kind] // (12 * (rows_ND.shape[1] + num_starts * num_clusters))
+    row_bytes = 12 * (rows_ND.shape[1] + num_starts * num_clusters)
+    max_rows = 0 if alone else CHUNK_BYTES[kind] // row_bytes
     by_faiss = np.full(len(sizes), engine == "faiss")
     if engine == "auto":
         by_faiss = sizes * num_starts * num_clusters > FAISS_DISTANCES[kind]

@@ -241,8 +241,8 @@ class ShardedRows:
     def digest(self, *, values: bool = False) -> str:
         """SHA-256 of which event each row took last and how many, equal at any number of workers.
 
-        values=True adds the rows' bytes, which are equal only where the arithmetic is (the same
-        number of workers). Collective; waits for the device.
+        values=True adds the rows' bytes, which are equal where the arithmetic is: on CPU with as
+        many threads per worker. Collective; waits for the device.
         """
         parts = [self.updates[:, None], self.origin, *([self._rows[:-1]] if values else [])]
         host = [part.contiguous().cpu().view(torch.uint8).numpy() for part in parts]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,26 @@ class Events:
     weight_E: Tensor
     same_EE: Tensor
     clock: Clock
+
+    def meeting(self, values_ED: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the events of a row meet, [E]: at its first written one; where each goes, [E]:
+        what is not written to a spare place, E; and zeros for what comes there, [E + 1, D].
+        """
+        num_events = len(values_ED)
+        meets_E = self.same_EE.int().argmax(dim=1)
+        from_E = torch.where(self.same_EE.diagonal(), meets_E, num_events)
+        return meets_E, from_E, values_ED.new_zeros(num_events + 1, values_ED.shape[1])
+
+    def sum_of_row(self, values_ED: Tensor) -> Tensor:
+        """[E, D]: of each event, the sum over the written events of its row.
+
+        On CPU in the order of the events, whatever other rows a rank has events of. A product keeps
+        CUDA free of atomics, whose order is none.
+        """
+        if values_ED.device.type != "cpu":
+            return self.same_EE.to(values_ED.dtype) @ values_ED
+        meets_E, from_E, sums = self.meeting(values_ED)
+        return sums.index_add_(0, from_E, values_ED)[meets_E]
 
 
 class Rule:
@@ -67,13 +88,15 @@ class Momentum(Rule):
     def __call__(self, events: Events) -> Tensor:
         """n events of one row at once: m <- k^n m + sum_j (1 - k) k^(n - 1 - j) f_j."""
         keep, same_EE, values_ED = self.keep(events.clock), events.same_EE, events.values_ED
+        # by table: a vectorised power may round by its place among the events of this rank
+        powers = torch.from_numpy(keep ** np.arange(len(values_ED) + 1))
+        powers = powers.to(values_ED.device, values_ED.dtype, non_blocking=True)
         before_E, after_E = same_EE.tril(-1).sum(dim=1), same_EE.triu(1).sum(dim=1)
-        share_E = torch.pow(keep, after_E.to(values_ED.dtype))
-        is_copied_E = events.is_new_E & (before_E == 0)
+        share_E, is_copied_E = powers[after_E], events.is_new_E & (before_E == 0)
         share_E = torch.where(is_copied_E, share_E, (1 - keep) * share_E)
-        decay_E = torch.pow(keep, same_EE.sum(dim=1).to(values_ED.dtype))
-        kept_ED = torch.where(events.is_new_E, 0.0, decay_E)[:, None] * events.old_ED
-        return kept_ED + (same_EE * share_E).to(values_ED.dtype) @ values_ED
+        kept_E = torch.where(events.is_new_E, 0.0, powers[same_EE.sum(dim=1)])
+        came_ED = events.sum_of_row(share_E[:, None] * values_ED)
+        return kept_E[:, None] * events.old_ED + came_ED
 
 
 class Maximum(Rule):
@@ -91,14 +114,9 @@ class Maximum(Rule):
         return (weight_E > 0) | is_new_E if is_filling else weight_E > 0
 
     def __call__(self, events: Events) -> Tensor:
-        num_events = len(events.values_ED)
-        # Events meet at the first written one of their row; what is not written goes to a spare.
-        meets_E = events.same_EE.int().argmax(dim=1)
-        is_written_E = events.same_EE.diagonal()
-        meets_ED = torch.where(is_written_E, meets_E, num_events)[:, None]
-        meets_ED = meets_ED.expand_as(events.values_ED)
-        came = events.values_ED.new_zeros(num_events + 1, events.values_ED.shape[1])
-        came.scatter_reduce_(0, meets_ED, events.values_ED, "amax", include_self=False)
+        meets_E, from_E, came = events.meeting(events.values_ED)
+        from_ED = from_E[:, None].expand_as(events.values_ED)
+        came.scatter_reduce_(0, from_ED, events.values_ED, "amax", include_self=False)
         came_ED = came[meets_E]
         return torch.where(events.is_new_E[:, None], came_ED, torch.maximum(came_ED, events.old_ED))
 
@@ -114,11 +132,9 @@ class WeightedMean(Rule):
         self.momentum = _share(momentum, "momentum")
 
     def __call__(self, events: Events) -> Tensor:
-        momentum, same_EE = self.momentum(events.clock), events.same_EE.to(events.values_ED.dtype)
-        weight_E1 = (same_EE @ events.weight_E[:, None]).clamp_min(
-            torch.finfo(events.weight_E.dtype).tiny
-        )
-        mean_ED = (same_EE @ events.values_ED) / weight_E1
+        momentum, tiny = self.momentum(events.clock), torch.finfo(events.weight_E.dtype).tiny
+        weight_E1 = events.sum_of_row(events.weight_E[:, None]).clamp_min(tiny)
+        mean_ED = events.sum_of_row(events.values_ED) / weight_E1
         blended_ED = (1 - momentum) * events.old_ED + momentum * mean_ED
         return torch.where(events.is_new_E[:, None], mean_ED, blended_ED)
 

@@ -14,8 +14,7 @@ passes of all slots of all ranks.
 Only what runs inside `recording` counts: not a preview, not evaluation, not what activation
 checkpointing computes again during the backward pass. It works on any BatchNorm class (timm's fused
 ones too): the layer's own momentum is 0, so its running statistics stay put, but for a recorded
-pass it writes to others, which hooks keep beside it. torch.compile leaves the hooks alone: it would
-compile anew for every slot.
+pass it writes to others, which hooks keep beside it.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from memseg_dist import dist
-from memseg_dist.batch import onto_device
+from memseg_dist.batch import Clock
+from memseg_dist.memory.proposals import Proposals
 
 
 @dataclass
@@ -109,27 +109,31 @@ def left_out(module: nn.Module) -> dict[str, int]:
 def commit_statistics(module: nn.Module) -> None:
     """Move all running statistics by the mean over every recorded forward pass. Collective.
 
-    Each pass of each slot of each rank weighs the same; they are added in (slot, pass) order.
+    Each pass of each slot of each rank weighs the same; they are added in (slot, pass) order, which
+    knows no rank.
     """
     layers = _recording_layers(module)
     if not layers:
         return
-    sums, passes = [], []
-    for layer in layers:
-        seen = layer.slot_statistics.seen
-        parts = [part for slot in sorted(seen) for part in seen[slot]]
-        zero = torch.zeros(2, layer.num_features, device=layer.running_mean.device)
-        sums.append(sum(parts, zero).flatten())
-        passes.append(float(len(parts)))
-    (counts,) = onto_device(sums[0].device, np.array(passes, dtype=np.float32))
-    flat = dist.all_reduce_sum(torch.cat([counts, *sums]))
-    totals = flat[len(layers) :].split([part.numel() for part in sums])
-    for layer, count, total in zip(layers, flat[: len(layers)], totals):
-        old = torch.stack([layer.running_mean, layer.running_var])
-        # a layer that no slot trained (frozen, or of another source) stays as it is
-        mean = torch.where(count > 0, total.view(2, -1) / count.clamp_min(1), old)
-        layer.running_mean.lerp_(mean[0], layer.slot_statistics.momentum)
-        layer.running_var.lerp_(mean[1], layer.slot_statistics.momentum)
+    zeros = [torch.zeros_like(layer.running_mean).expand(2, -1) for layer in layers]
+    width = sum(zero.numel() for zero in zeros)
+    passes = Proposals(len(layers), torch.empty(0, width, device=zeros[0].device))
+    for slot in sorted({slot for layer in layers for slot in layer.slot_statistics.seen}):
+        of_layers = [layer.slot_statistics.seen.get(slot, []) for layer in layers]
+        rows, is_seen = [], []
+        for of_pass in zip_longest(*of_layers):
+            is_seen.append([part is not None for part in of_pass])
+            parts = [zero if part is None else part for part, zero in zip(of_pass, zeros)]
+            rows.append(torch.cat([part.flatten() for part in parts]))
+        passes.add(np.array(is_seen), torch.stack(rows), Clock(0, slot))
+    gathered = passes.gather()
+    counts = gathered.ids.sum(axis=0).tolist()
+    totals = sum(gathered.rows, torch.zeros(width, device=zeros[0].device))
+    for layer, count, total in zip(layers, counts, totals.split([zero.numel() for zero in zeros])):
+        if count:  # a layer that no slot trained (frozen, or of another source) stays as it is
+            mean, variance = total.view(2, -1) / count
+            layer.running_mean.lerp_(mean, layer.slot_statistics.momentum)
+            layer.running_var.lerp_(variance, layer.slot_statistics.momentum)
         layer.num_batches_tracked.zero_()  # counts forwards, which depend on the workers
         layer.slot_statistics.seen.clear()
 
@@ -151,7 +155,6 @@ def _setting(module: nn.Module, name: str, value: int | str | None) -> Iterator[
             setattr(statistics, name, old)
 
 
-@torch.compiler.disable
 def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     """Give the layer statistics to write to that are this pass's alone: BatchNorm computes them
     anyway, and with momentum 1 it keeps nothing else.
@@ -167,7 +170,6 @@ def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     layer.momentum = 1.0
 
 
-@torch.compiler.disable
 def _after(layer: Any, arguments: tuple[Tensor, ...], output: Tensor | None) -> None:
     statistics: SlotStatistics = layer.slot_statistics
     if statistics.running is None:

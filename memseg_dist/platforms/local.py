@@ -162,7 +162,8 @@ def _serve(
     threading.Thread(target=_die_with_parent, daemon=True).start()
     process.set_environment(rank, size, rank, size, gpu)
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _loopback()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     context = LocalContext(rank, size, _device(rank, gpu))
     try:
         with _on_sigterm(context.ask_to_stop):

@@ -4,12 +4,13 @@ Where DeepSpeed's own training step would not give (1 / S) * sum over slots, it 
 
 - Gradients are summed, not averaged, over ranks (`gradient_allreduce_op`), and not divided by the
   accumulation steps (`scale_wrt_gas=False`); the slot's weight does both.
-- Without ZeRO, clipping is ours: DeepSpeed's own gives no norm and fails on scalar parameters.
-- Nothing is reduced before `step`. DeepSpeed reduces a ZeRO-2 gradient in the order in which
-  backward produces it; workers whose slots belong to different sources use different parameters in
-  a different order, and would add up unlike gradients. So every backward of a step accumulates
-  locally, parameters that were not used get zeros, and one pass in a fixed order reduces them all.
-  (ZeRO 2 then frees gradients after the reduction, not during the backward pass.)
+- Without ZeRO, adding up and clipping are ours: the order of DeepSpeed's sum depends on the number
+  of workers; its clipping gives no norm and fails on scalar parameters.
+- With ZeRO, nothing is reduced before `step`. DeepSpeed reduces a ZeRO-2 gradient in the order in
+  which backward produces it; workers whose slots belong to different sources use different
+  parameters in a different order, and would add up unlike gradients. So every backward of a step
+  accumulates locally, parameters that were not used get zeros, and one pass in a fixed order
+  reduces them all. (ZeRO 2 then frees gradients after the reduction, not during the backward pass.)
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from memseg_dist.train import optim
 from memseg_dist.train.engine import (
     EngineState,
     host_weights,
+    is_in_order,
     load_weights,
     loss_weight,
     slot_forward,
 )
+from memseg_dist.train.gradients import GradientSum
 
 BUCKET_ELEMENTS = 50_000_000
 
@@ -115,6 +118,7 @@ class DeepSpeedEngine:
         optim.initialise_state(self._optimizer, config.optimizer, held)
         if self._is_sharded:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._gradients = GradientSum([*self._named.values()], in_order=is_in_order(config, device))
         self._local_backwards = ExitStack()
         self._is_accumulating = False
 
@@ -129,8 +133,12 @@ class DeepSpeedEngine:
             self._local_backwards.enter_context(local())
             self._is_accumulating = True
         self._engine.backward(loss * loss_weight(clock), scale_wrt_gas=False)
+        if not self._is_sharded:
+            self._gradients.add_slot()
 
     def step(self, lr: float) -> Tensor:
+        if not self._is_sharded:
+            self._gradients.finish()
         optim.fill_missing_gradients(self.method)
         self._local_backwards.close()  # reduces, in ZeRO 1 and 2
         self._is_accumulating = False
@@ -139,7 +147,6 @@ class DeepSpeedEngine:
             self._engine.step()
             self._reshape_scalars(())
             return torch.as_tensor(self._engine.get_global_grad_norm())
-        self._engine.allreduce_gradients()
         clip_norm = self.config.optimizer.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), clip_norm)
         self._engine.step()

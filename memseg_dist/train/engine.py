@@ -12,13 +12,13 @@ slot weighs 0. `TorchEngine` is the plain twin that `platforms.on_deepspeed` is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock
@@ -26,9 +26,7 @@ from memseg_dist.config import RunConfig
 from memseg_dist.methods.method import Method
 from memseg_dist.nn.batchnorm import recording
 from memseg_dist.train import optim
-
-BUCKET_BYTES = 64 * 2**20
-"""Gradients travel in flat buckets of about this size."""
+from memseg_dist.train.gradients import GradientSum
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor, clock: Clock) -> None:
-        """Add one slot's gradient to this rank's sum. No communication."""
+        """Add one slot's gradient to the step's sum. Collective: every rank has as many slots."""
         ...
 
     def step(self, lr: float) -> Tensor:
@@ -82,6 +80,12 @@ def loss_weight(clock: Clock) -> float:
     return 0.0 if clock.idle else 1.0 / clock.num_slots
 
 
+def is_in_order(config: RunConfig, device: torch.device) -> bool:
+    """Whether gradients are added up in the order of the slots."""
+    asked = config.engine.ordered_sums
+    return device.type == "cpu" if asked is None else asked
+
+
 def load_weights(method: Method, weights: Mapping[str, Tensor]) -> None:
     """ValueError naming what does not fit."""
     try:
@@ -99,25 +103,8 @@ def host_weights(method: Method) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in method.state_dict().items()}
 
 
-def reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients over the ranks, in place. One exchange for about BUCKET_BYTES: a tensor at
-    a time would wait for the network hundreds of times. Collective.
-    """
-    bucket: list[Tensor] = []
-    for number, parameter in enumerate(parameters, 1):
-        assert parameter.grad is not None, "fill_missing_gradients comes first"
-        bucket.append(parameter.grad)
-        is_full = sum(gradient.nbytes for gradient in bucket) >= BUCKET_BYTES
-        if is_full or number == len(parameters):
-            flat = dist.all_reduce_sum(torch.cat([gradient.flatten() for gradient in bucket]))
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-            bucket = []
-
-
 class TorchEngine:
-    """Every rank holds everything; gradients are summed in fp32, in flat buckets."""
+    """Every rank holds everything; gradients are summed in fp32."""
 
     def __init__(self, method: Method, config: RunConfig, device: torch.device) -> None:
         self.method, self.config, self.device = method, config, device
@@ -125,6 +112,8 @@ class TorchEngine:
         self.optimizer = optim.build_optimizer(method, config.optimizer, fused=fused)
         self._named = optim.trainable(method)
         optim.initialise_state(self.optimizer, config.optimizer, [*self._named.values()])
+        in_order = is_in_order(config, device)
+        self._gradients = GradientSum([*self._named.values()], in_order=in_order)
 
     def __call__(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         with slot_forward(self.method, clock):
@@ -132,12 +121,12 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, clock: Clock) -> None:
         (loss * loss_weight(clock)).backward()
+        self._gradients.add_slot()
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
+        self._gradients.finish()
         optim.fill_missing_gradients(self.method)
-        if dist.size() > 1:
-            reduce_gradients(list(self._named.values()))
         clip_norm = self.config.optimizer.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), clip_norm)
         optim.set_learning_rate(self.optimizer, lr)

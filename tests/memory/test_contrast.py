@@ -25,24 +25,24 @@ def all_regions() -> Regions:
     return Regions.of_pairs(classes, images, NUM_CLASSES)
 
 
-def events(step: int, slot: int, regions: Regions):
+def events(step: int, slot: int, regions: Regions, dim: int):
     """One slot's events; rows come back within a step, and some fail the gate."""
     draw = np.random.default_rng([step, slot])
     rows = draw.integers(0, len(regions), draw.integers(0, 7))
     rows = np.append(rows, rows[:2])  # the same image twice in one slot
-    vectors = torch.from_numpy(draw.normal(size=(len(rows), DIM))).float()
+    vectors = torch.from_numpy(draw.normal(size=(len(rows), dim))).float()
     gate = torch.from_numpy(draw.random(len(rows)) < 0.7)
     return regions.classes[rows], regions.images[rows], vectors, gate
 
 
-def run_steps(num_steps: int, **options) -> tuple[ShardedRows, Contrast]:
+def run_steps(num_steps: int, dim: int = DIM, **options) -> tuple[ShardedRows, Contrast]:
     regions = all_regions()
-    bank = ShardedRows(regions, Momentum(MOMENTUM), DIM, **options)
+    bank = ShardedRows(regions, Momentum(MOMENTUM), dim, **options)
     contrast = Contrast(bank)
     for step in range(num_steps):
         for slot in range(NUM_SLOTS):
             if slot % dist.size() == dist.rank():
-                classes, images, vectors, gate = events(step, slot, regions)
+                classes, images, vectors, gate = events(step, slot, regions, dim)
                 ids = np.stack([classes, images], axis=1)
                 bank.propose(ids, vectors, Clock(step, slot, NUM_SLOTS), weight=gate)
         bank.commit(Clock(step, num_slots=NUM_SLOTS))
@@ -61,13 +61,13 @@ def nce_by_loops(query, class_id, rows, classes) -> torch.Tensor:
     return sum(terms) / len(terms) if terms else 0 * query.sum()
 
 
-def queries(rank: int):
+def queries(rank: int, dim: int = DIM):
     """Ranks ask different numbers of questions; rank 1 asks none. Each is of two classes, which may
     be the same one.
     """
     count = 0 if rank == 1 else 9 + rank
     draw = np.random.default_rng(rank)
-    values = torch.from_numpy(draw.normal(size=(count, DIM))).float().requires_grad_()
+    values = torch.from_numpy(draw.normal(size=(count, dim))).float().requires_grad_()
     classes, weights = draw.integers(0, NUM_CLASSES, (count, 2)), draw.random((count, 2))
     classes[1::4, 1], weights[::3, 1] = classes[1::4, 0], 0.0
     return values, classes, weights
@@ -101,6 +101,27 @@ def test_contrast_equals_loops_at_any_number_of_workers(world_size, table, proce
         losses.square().sum().backward()
         torch.testing.assert_close(found, losses.detach())
         torch.testing.assert_close(gradient, values.grad)
+
+
+def _by_slot():
+    """Loss and gradient of each slot's queries, some of which are none, after some steps."""
+    _, contrast = run_steps(5, dim=16)
+    found = {}
+    for slot in range(dist.rank(), NUM_SLOTS, dist.size()):
+        values, *asked = queries(slot, dim=16)
+        losses = contrast(values, *asked, TEMPERATURE)
+        losses.square().sum().backward()
+        found[slot] = losses.detach(), values.grad
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_slot_gets_the_same_bits_at_any_number_of_workers(world_size, process_pool):
+    wanted = _by_slot()
+    for found in process_pool(world_size).run(_by_slot):
+        for slot, (losses, gradient) in found.items():
+            assert torch.equal(losses, wanted[slot][0])
+            assert gradient is None or torch.equal(gradient, wanted[slot][1])
 
 
 def _empty_rank():

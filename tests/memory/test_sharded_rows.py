@@ -131,7 +131,7 @@ def gathered(part: torch.Tensor, table: str) -> torch.Tensor:
 
 def look_at(bank: ShardedRows) -> dict:
     found = {name: gathered(getattr(bank, name), bank.table) for name in ("rows", "origin")}
-    found |= {"updates": gathered(bank.updates, bank.table), "digest": bank.digest()}
+    found |= {"updates": gathered(bank.updates, bank.table), "digest": bank.digest(values=True)}
     found |= {"per_class": bank.per_class(), "summary": bank.summary(NUM_STEPS)}
     if isinstance(bank.layout, Rings):
         found |= {"means": bank.reads[0].means, "counts": bank.reads[0].counts}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import EngineConfig, OptimizerConfig, RunConfig
-from memseg_dist.data.loader import Source
+from memseg_dist.data.loader import Source, slots_of
 from memseg_dist.methods.classify import ClassifyConfig
 from memseg_dist.methods.method import Method
 from memseg_dist.nn.batchnorm import record_batchnorm
@@ -56,12 +56,9 @@ NUM_SLOTS = 5
 
 def micro_batches(step: int, rank: int, size: int) -> list[tuple[Batch, Clock]]:
     """A rank's slots of a step, padded with idle repeats of its first, as the loader gives them."""
-    slots = range(rank * NUM_SLOTS // size, (rank + 1) * NUM_SLOTS // size)
-    num_micro = -(-NUM_SLOTS // size)
-    padded = [(slot, False) for slot in slots] + [(slots[0], True)] * (num_micro - len(slots))
     return [
         (tiny_batch(step, slot), Clock(step, slot, NUM_SLOTS, idle, seed=7))
-        for slot, idle in padded
+        for slot, idle in slots_of(rank, size, NUM_SLOTS)
     ]
 
 

@@ -12,7 +12,8 @@ class LabelTally:
     """Sums over the slots since they were last read, on the device."""
 
     def __init__(self, device: torch.device | str) -> None:
-        self._sums = torch.zeros(4, device=device)
+        # double: whole numbers, and sums of floats, that are the same in any order
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, is_shown_BF: Tensor, label_BThw: Tensor, valid_Bhw: Tensor) -> None:
         """is_shown: the foreground classes of images without masks; label: their pseudo label."""

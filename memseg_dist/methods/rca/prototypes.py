@@ -75,9 +75,10 @@ def find_prototypes(
 ) -> Found:
     """Cluster each class's set rows into at most `per_class` (None: every row is a prototype).
 
-    A class with fewer rows than that gives each of its rows, one without rows nothing. The same at
-    any number of workers to rounding: each class has its own seed. Returns vectors, classes and
-    sizes as in `Prototypes`. Collective.
+    A class with fewer rows than that gives each of its rows, one without rows nothing. Each class
+    has its own seed, so the prototypes are the same at any number of workers: on CUDA, where the
+    classes of a rank are clustered together, to rounding. Returns vectors, classes and sizes as in
+    `Prototypes`. Collective.
     """
     rows, sizes = memory.set_rows()
     owned = torch.tensor(memory.owned, dtype=torch.int64, device=rows.device)
@@ -87,7 +88,8 @@ def find_prototypes(
         found = Found(rows, classes, torch.ones_like(classes))
     else:
         seeds = [derive_seed(seed, "prototypes", class_id) for class_id in memory.owned]
-        clusters = kmeans(rows, sizes, per_class, seeds=seeds, num_starts=num_starts)
+        alone = rows.device.type == "cpu"
+        clusters = kmeans(rows, sizes, per_class, seeds=seeds, num_starts=num_starts, alone=alone)
         is_filled = clusters.counts > 0
         found = Found(
             clusters.centroids[is_filled],
