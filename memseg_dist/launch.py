@@ -19,7 +19,7 @@ from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pictures.draw import draw_validation
 from memseg_dist.train.engine import EngineFactory, TorchEngine
-from memseg_dist.train.loop import newest_checkpoint, train
+from memseg_dist.train.loop import checkpoints_to_resume, train
 from memseg_dist.train.platform import ConsoleTracker, Context, Tracker, Trackers
 from memseg_dist.train.storage import make_writable
 
@@ -31,7 +31,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
     """
     config = with_absolute_paths(config)
     make_writable(config.directory)
-    newest_checkpoint(config)
+    checkpoints_to_resume(config)
     config = replace(config, resume="auto")  # asked once: restarted workers do go on
     config_json = to_json(config)
     worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
