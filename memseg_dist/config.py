@@ -25,6 +25,7 @@ from memseg_dist.checks import (
 )
 from memseg_dist.data.files import absolute
 from memseg_dist.data.loader import Source
+from memseg_dist.data.loader_process import TIMEOUT_S
 from memseg_dist.data.splits import is_path
 from memseg_dist.methods import kinds  # noqa: F401 (fills MethodConfig.kinds)
 from memseg_dist.methods.method import MethodConfig
@@ -219,9 +220,13 @@ class LoaderConfig:
     """Directory of the shard and index cache; by default STORAGE/cache."""
     cache_bytes: int = 32 * 2**30
     """The cache forgets the least recently used shards above this size."""
+    timeout_s: float = TIMEOUT_S
+    """How long a worker waits for a batch before it fails and names the shard that hangs, in
+    seconds; with `processes` 0 it waits for ever."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "loader.", positive=("cache_bytes",), not_negative=("processes",))
+        positive = ("cache_bytes", "timeout_s")
+        check_numbers(self, "loader.", positive=positive, not_negative=("processes",))
 
 
 @dataclass(frozen=True)

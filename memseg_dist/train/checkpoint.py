@@ -66,7 +66,7 @@ def whole_checkpoints(directory: str) -> list[str]:
 
 
 def discard(paths: Sequence[str]) -> None:
-    """Take their manifests away: nothing chooses these checkpoints, and the next one deletes them."""
+    """Take their manifests away: nothing chooses them any more, and the next one deletes them."""
     for path in paths:
         filesystem, remote = filesystem_of(path)
         filesystem.rm_file(join(remote, MANIFEST))

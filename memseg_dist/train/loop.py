@@ -156,6 +156,7 @@ def build_loader(config: RunConfig, label_space: LabelSpace, context: Context) -
         cache_dir=config.cache_directory,
         cache_bytes=config.loader.cache_bytes,
         num_processes=config.loader.processes,
+        timeout_s=config.loader.timeout_s,
         rank=dist.rank(),
         world_size=dist.size(),
         pin_memory=context.device.type == "cuda",
