@@ -19,6 +19,7 @@ from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pictures.draw import draw_validation
 from memseg_dist.train.engine import EngineFactory, TorchEngine
+from memseg_dist.train.lease import holding
 from memseg_dist.train.loop import checkpoints_to_resume, train
 from memseg_dist.train.platform import ConsoleTracker, Context, Tracker, Trackers
 from memseg_dist.train.storage import make_writable
@@ -31,17 +32,17 @@ def launch(config: RunConfig) -> dict[str, Any]:
     """
     config = with_absolute_paths(config)
     make_writable(config.directory)
-    checkpoints_to_resume(config)
-    config = replace(config, resume="auto")  # asked once: restarted workers do go on
-    config_json = to_json(config)
-    worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
-    if config.launch.launcher == "ray":
-        from memseg_dist.platforms import on_ray
+    with holding(config.directory):
+        checkpoints_to_resume(config)
+        config = replace(config, resume="auto")  # asked once: restarted workers do go on
+        config_json = to_json(config)
+        worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
+        if config.launch.launcher == "ray":
+            from memseg_dist.platforms import on_ray
 
-        result = on_ray.run(worker, config_json, config)
-    else:
-        workers = config.launch.workers_range[1]
-        result = local.run(worker, config_json, workers, config.launch.use_gpu)
+            result = on_ray.run(worker, config_json, config)
+        else:
+            result = local.run(worker, config_json, config.launch)
     print(where_things_are(config), flush=True)
     return result
 

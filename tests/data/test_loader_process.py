@@ -62,10 +62,9 @@ def test_they_outlive_a_stop_signal_and_end_with_a_killed_worker(masks_root, tmp
         worker.stdin.write("\n")
         worker.stdin.flush()
         assert worker.stdout.readline()
-    assert all(helper.is_running() for helper in helpers)
+    assert all(map(is_alive, helpers))
     worker.kill()
-    _, alive = psutil.wait_procs(helpers, timeout=10)
-    assert not alive
+    wait_until(lambda: not any(map(is_alive, helpers)))
     assert "Traceback" not in worker.stderr.read()
     worker.wait()
 
@@ -79,15 +78,29 @@ def test_a_read_that_hangs_is_named_and_ended(masks_root, tmp_path):
     for shard in root.glob("*.tar"):
         shard.unlink()
         os.mkfifo(shard)  # as a file system that does not answer: `open` never returns
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    before = {each.pid for each in loaders_here()}
     wanted = rf"has not read the samples \[.*\] of {root}/.*\.tar.* \(step 0, slot 0\) within"
     with pytest.raises(ValueError, match=wanted):
         next(loader.steps(0, 1))
     del loader
-    deadline = time.monotonic() + 30
-    while new := {c.pid for c in psutil.Process().children(recursive=True)} - before:
-        names = [" ".join(psutil.Process(pid).cmdline()) for pid in new if psutil.pid_exists(pid)]
-        if all("resource_tracker" in name or "forkserver import" in name for name in names):
-            break
-        assert time.monotonic() < deadline, names
+    wait_until(lambda: not [each for each in loaders_here() if each.pid not in before])
+
+
+def loaders_here() -> list[psutil.Process]:
+    everyone = psutil.Process().children(recursive=True)
+    return [each for each in everyone if is_alive(each) and each.name() == "pt_data_worker"]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """An orphan that nobody has reaped yet is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
