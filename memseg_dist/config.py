@@ -186,11 +186,14 @@ class LaunchConfig:
     """Address of a running Ray cluster; by default the one that the environment names, or none."""
     max_failures: int = 3
     """How often a failed group of workers is restarted from the last checkpoint; -1: always."""
+    timeout_s: float = 900.0
+    """How long a worker waits for the others in a collective before it fails and names those that
+    did not come, in seconds. Above loader.timeout_s, so that a read that hangs is named as such."""
 
     def __post_init__(self) -> None:
         low, high = self.workers_range
         require(1 <= low <= high, "launch.workers", self.workers, "1 or more, as n or (min, max)")
-        check_numbers(self, "launch.", positive=("cpus_per_worker",))
+        check_numbers(self, "launch.", positive=("cpus_per_worker", "timeout_s"))
         require(self.max_failures >= -1, "launch.max_failures", self.max_failures, "-1 or more")
 
     @property

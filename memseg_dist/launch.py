@@ -42,7 +42,8 @@ def launch(config: RunConfig) -> dict[str, Any]:
 
             result = on_ray.run(worker, config_json, config)
         else:
-            result = local.run(worker, config_json, config.launch)
+            workers, timeout_s = config.launch.workers_range[1], config.launch.timeout_s
+            result = local.run(worker, config_json, workers, config.launch.use_gpu, timeout_s)
     print(where_things_are(config), flush=True)
     return result
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ def process_options(num_processes: int, timeout_s: float) -> dict[str, Any]:
 
 @contextmanager
 def starting_processes() -> Iterator[None]:
-    """Around `iter(loader)`: the fork server and its children never see a stop signal."""
+    """Around the start of processes: Ctrl-C and SIGTERM wait, and do so in them as long as they
+    like. (A fork server's children inherit that.)"""
     resource_tracker.ensure_running()  # it would unblock the signals, which children inherit
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
@@ -79,5 +81,6 @@ def _end_with_the_worker() -> None:
     while worker.is_alive():
         received = signal.sigtimedwait(_STOP_SIGNALS, _LOOK_S)
         if received and (received.si_signo, received.si_pid) == (signal.SIGTERM, worker.pid):
-            break
+            os._exit(0)
+    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)  # the dead worker's: its sockets
     os._exit(0)

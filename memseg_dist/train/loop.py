@@ -52,7 +52,8 @@ def train(
     ValueError, on every rank, for what the user can correct.
     """
     try:
-        result = _train(config, context, tracker, engine_factory, draw)
+        with dist.naming_absent_ranks():  # before the tracker, which may take a while to finish
+            result = _train(config, context, tracker, engine_factory, draw)
     except BaseException:
         tracker.finish("failed")
         raise

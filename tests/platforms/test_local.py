@@ -61,6 +61,15 @@ def run_until_asked(config_json, context, *, ready):
     return {"stopped": True}
 
 
+def never_come(config_json, context):
+    """The last worker hangs before a collective."""
+    with dist.naming_absent_ranks():
+        if context.rank == context.size - 1:
+            time.sleep(300)
+        dist.all_reduce_sum(torch.zeros(1))
+    return {}
+
+
 def children() -> list[psutil.Process]:
     return [
         child
@@ -109,6 +118,11 @@ def test_the_error_of_the_worker_that_failed_first_is_the_error(how, text):
     assert len(children()) == before
 
 
+def test_a_worker_that_hangs_is_named():
+    with pytest.raises(RunFailed, match="RuntimeError: worker 2 did not come to a collective"):
+        local.run(never_come, "", 3, use_gpu=False, timeout_s=3.0)
+
+
 def test_a_lone_worker_raises_its_own_error():
     def fail(config_json, context):
         raise ValueError("as it is")
@@ -117,7 +131,11 @@ def test_a_lone_worker_raises_its_own_error():
         local.run(fail, "", 1, use_gpu=False)
 
 
-def test_sigterm_asks_every_worker_to_leave(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_to_the_process_group_asks_every_worker_to_leave(
+    tmp_path, workers, stop_signal
+):
     ready = tmp_path / "ready"
     script = tmp_path / "script.py"
     script.write_text(
@@ -129,13 +147,15 @@ def test_sigterm_asks_every_worker_to_leave(tmp_path):
             from memseg_dist.platforms import local
             if __name__ == "__main__":
                 worker = functools.partial(run_until_asked, ready={str(ready)!r})
-                print(local.run(worker, "", 2, use_gpu=False))
+                print(local.run(worker, "", {workers}, use_gpu=False))
             """
         )
     )
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_for(ready.exists)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, stop_signal)
     output, _ = process.communicate(timeout=60)
     assert output.strip() == "{'stopped': True}"
 
