@@ -43,7 +43,8 @@ from memseg_dist.config import (
 from memseg_dist.train.checkpoint import Checkpoint, latest
 
 MARK = "MEMSEG_CHAOS"
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
+"""How long anything may take: a run that hangs is a failure."""
 JOB = Path(__file__).with_name("job.py")
 
 
