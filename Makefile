@@ -13,7 +13,7 @@ CASES ?= 20000
 FIRST ?= 0
 KIND ?=
 
-.PHONY: help setup demo test test-slow test-gpu fuzz lint format bench clean
+.PHONY: help setup demo test test-slow test-gpu fuzz chaos lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ test-gpu: setup ## The checks that need a CUDA device
 
 fuzz: setup ## Damage CASES files of all kinds (or of one KIND, from the seed FIRST on) and read them
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz --cases $(CASES) --first $(FIRST) --kind "$(KIND)"
+
+chaos: setup ## Kill a run 30 times, locally and on Ray, and compare it with one that nobody disturbed
+	PYTHONPATH=.:tests $(BIN)/python -m chaos
 
 lint: setup ## ruff, import-linter, mypy
 	$(BIN)/ruff check .

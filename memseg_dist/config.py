@@ -26,6 +26,7 @@ from memseg_dist.checks import (
 )
 from memseg_dist.data.files import absolute
 from memseg_dist.data.loader import Source
+from memseg_dist.data.loader_process import TIMEOUT_S
 from memseg_dist.data.splits import is_path
 from memseg_dist.methods import kinds  # noqa: F401 (fills MethodConfig.kinds)
 from memseg_dist.methods.method import MethodConfig
@@ -222,11 +223,14 @@ class LaunchConfig:
     """Address of a running Ray cluster; by default the one that the environment names, or none."""
     max_failures: int = 3
     """How often a failed group of workers is restarted from the last checkpoint; -1: always."""
+    timeout_s: float = 900.0
+    """How long a worker waits for the others in a collective before it fails and names those that
+    did not come, in seconds. Above loader.timeout_s, so that a read that hangs is named as such."""
 
     def __post_init__(self) -> None:
         low, high = self.workers_range
         require(1 <= low <= high, "launch.workers", self.workers, "1 or more, as n or (min, max)")
-        check_numbers(self, "launch.", positive=("cpus_per_worker",))
+        check_numbers(self, "launch.", positive=("cpus_per_worker", "timeout_s"))
         require(self.max_failures >= -1, "launch.max_failures", self.max_failures, "-1 or more")
 
     @property
@@ -261,11 +265,13 @@ class LoaderConfig:
     """Directory of the shard and index cache; by default STORAGE/cache."""
     cache_bytes: int = 32 * 2**30
     """The cache forgets the least recently used shards above this size."""
+    timeout_s: float = TIMEOUT_S
+    """How long a worker waits for a batch before it fails and names the shard that hangs, in
+    seconds; with `processes` 0 it waits for ever."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self, "loader.", positive=("prefetch", "cache_bytes"), not_negative=("processes",)
-        )
+        positive = ("prefetch", "cache_bytes", "timeout_s")
+        check_numbers(self, "loader.", positive=positive, not_negative=("processes",))
 
 
 @dataclass(frozen=True)

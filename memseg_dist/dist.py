@@ -7,7 +7,11 @@ GPU. Every verb is a collective: all ranks call it, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +19,9 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+ROLL_CALL_S = 5.0
+"""How far apart ranks that wait in the same collective give up, at most."""
 
 
 def size() -> int:
@@ -80,6 +87,45 @@ def all_gather_object(value: T) -> list[T]:
     values: list[T | None] = [None] * size()
     torch_dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+@contextmanager
+def naming_absent_ranks() -> Iterator[None]:
+    """Within, an error of a collective that timed out names the ranks that did not come to it.
+
+    All ranks that did come give up at about the same time, one by its timeout, the others since
+    that one closes its connections, and say so in the group's store. The rest are absent.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        absent = _absent_ranks(str(error)) if size() > 1 else []
+        if not absent:
+            raise
+        who = f"worker{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}"
+        raise RuntimeError(
+            f"{who} did not come to a collective for which the others waited as long as "
+            "launch.timeout_s allows: look at what hangs there, or raise --launch.timeout-s"
+        ) from error
+
+
+def _absent_ranks(error: str) -> list[int]:
+    """Empty unless it was a timeout, here or elsewhere."""
+    store = torch_dist.distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=ROLL_CALL_S))
+    store.set(f"failed/{rank()}", "")
+    if re.search("time(d )?out", error, re.IGNORECASE):
+        store.set("timed out", "")
+    else:
+        time.sleep(1.0)  # for the rank whose timeout this error may come from
+        if not store.check(["timed out"]):
+            return []
+    deadline = time.monotonic() + ROLL_CALL_S
+    while absent := [r for r in range(size()) if not store.check([f"failed/{r}"])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return absent
 
 
 def _is_running() -> bool:

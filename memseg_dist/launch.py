@@ -20,7 +20,8 @@ from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pictures.draw import draw_validation
 from memseg_dist.train.engine import EngineFactory, TorchEngine
-from memseg_dist.train.loop import newest_checkpoint, train
+from memseg_dist.train.lease import holding
+from memseg_dist.train.loop import checkpoints_to_resume, train
 from memseg_dist.train.platform import ConsoleTracker, Context, Tracker, Trackers
 from memseg_dist.train.storage import make_writable
 
@@ -33,17 +34,19 @@ def launch(config: RunConfig) -> dict[str, Any]:
     config = with_absolute_paths(config)
     fetch_weights(config.backbone.name, config.backbone.pretrained)
     make_writable(config.directory)
-    newest_checkpoint(config)
-    config = replace(config, resume="auto")  # asked once: restarted workers do go on
-    config_json = to_json(config)
-    worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
-    if config.launch.launcher == "ray":
-        from memseg_dist.platforms import on_ray
+    with holding(config.directory):
+        checkpoints_to_resume(config)
+        config = replace(config, resume="auto")  # asked once: restarted workers do go on
+        config_json = to_json(config)
+        worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
+        if config.launch.launcher == "ray":
+            from memseg_dist.platforms import on_ray
 
-        result = on_ray.run(worker, config_json, config)
-    else:
-        workers = local.fitting_workers(config.launch.workers_range, config.launch.use_gpu)
-        result = local.run(worker, config_json, workers, config.launch.use_gpu)
+            result = on_ray.run(worker, config_json, config)
+        else:
+            gpu, timeout_s = config.launch.use_gpu, config.launch.timeout_s
+            workers = local.fitting_workers(config.launch.workers_range, gpu)
+            result = local.run(worker, config_json, workers, gpu, timeout_s)
     print(where_things_are(config), flush=True)
     return result
 

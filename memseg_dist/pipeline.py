@@ -18,6 +18,8 @@ run from its newest checkpoint, pseudo labels shard by shard; an export is made 
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
@@ -101,18 +103,29 @@ def main(
 ) -> None:
     """Run the stages that the command line asks for.
 
-    Exit status 0 when done or stopped, 1 with one readable message, 2 for a wrong command line.
-    kind: the job's options. vocabularies: the classes of every source and validation set, by name,
-    which `--smoke` draws. arguments: by default those of the process.
+    Exit status 0 when done, 75 (EX_TEMPFAIL: try again) when stopped, 1 with one readable message,
+    2 for a wrong command line. kind: the job's options. vocabularies: the classes of every source
+    and validation set, by name, which `--smoke` draws. arguments: by default those of the process.
     """
+    is_ours = arguments is None  # this process, which ends with the job
     try:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         options, described = parse(kind, stages, description, arguments)
         selected = options.select([*described])
         if options.smoke:
             miniature.draw(described, vocabularies(options))
-        run_stages(described, selected, may_be_unknown=options.smoke)
+        is_done = run_stages(described, selected, may_be_unknown=options.smoke)
     except (ValueError, RunFailed) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        is_done = False
+    finally:
+        if is_ours:  # what is still to be closed is not to be disturbed
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not is_done:
+        print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+        sys.exit(os.EX_TEMPFAIL)
 
 
 def parse(
@@ -151,8 +164,8 @@ def run_stages(
     selected: Sequence[str] | None = None,
     *,
     may_be_unknown: bool = False,
-) -> None:
-    """Run the stages, or those that are selected of them, until one of them is stopped.
+) -> bool:
+    """Run the stages, or those that are selected of them; False if one of them was stopped.
 
     What can fail early fails before the first one: ValueError. may_be_unknown: go on with pseudo
     labels that say nothing.
@@ -171,12 +184,13 @@ def run_stages(
             print(f"stage {number} of {len(names)}: {name}", flush=True)
         if isinstance(stage, RunConfig):
             if launch(stage)["status"] != "finished":
-                return
+                return False
         elif isinstance(stage, LabelConfig):
             run_labels(stage, stages, may_be_unknown)
         else:
             export_backbone(stage)
             print(f"backbone    {stage.out}", flush=True)
+    return True
 
 
 def check_stage(name: str, stages: Mapping[str, Stage]) -> None:

@@ -24,8 +24,8 @@ from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.evaluation.sliding import Inference, segment, segment_batch
 from memseg_dist.nn.densecrf import DEEPLAB
 from memseg_dist.tools.shards import Sample, finish, write_shard
-from memseg_dist.train.checkpoint import save
 from memseg_dist.train.engine import TorchEngine
+from memseg_dist.train.saver import save
 
 
 @pytest.fixture(scope="module")

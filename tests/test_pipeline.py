@@ -177,7 +177,12 @@ def test_each_stage_goes_on_where_it_was_stopped_or_killed(folder):
     def run(until: str | None, signal_number: int = 0) -> tuple[int, list[str]]:
         lines = []
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, cwd=folder
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=folder,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -192,7 +197,9 @@ def test_each_stage_goes_on_where_it_was_stopped_or_killed(folder):
         return [row["step"] for row in rows if "loss" in row]
 
     code, lines = run("step 3 ", signal.SIGTERM)
-    assert code == 0 and not any(line.startswith("stage 2") for line in lines)
+    assert code == os.EX_TEMPFAIL and not any(line.startswith("stage 2") for line in lines)
+    assert lines[-1] == "stopped; the same command goes on where it was\n"
+    assert not any("Traceback" in line for line in lines)
     assert steps("toy")[-1] < 300
     code, _ = run("stage 3 of 3: tune", signal.SIGKILL)
     assert code == -signal.SIGKILL

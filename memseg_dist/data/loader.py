@@ -8,9 +8,8 @@ processes, and not of where a run was interrupted.
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 from collections.abc import Iterator, Sequence
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from memseg_dist.batch import Batch, Clock, derive_seed
 from memseg_dist.data.cache import DEFAULT_CACHE_BYTES
 from memseg_dist.data.evalset import EvalDataset, EvalItem
-from memseg_dist.data.files import default_cache
+from memseg_dist.data.files import default_cache, join
+from memseg_dist.data.loader_process import (
+    TIMEOUT_S,
+    next_item,
+    process_options,
+    starting_processes,
+)
 from memseg_dist.data.order import BlockedOrder, Draw, repeat_factors
 from memseg_dist.data.source import Source, SourceReader
 from memseg_dist.data.vocabulary import LabelSpace
@@ -72,10 +77,13 @@ class _Requests(Sampler[_Request]):
     def __iter__(self) -> Iterator[_Request]:
         for step in self.span:
             for slot in self.slots:
-                number, own_slot = self._places[slot]
-                source, order = self._sources[number], self._orders[number]
-                batch = source.batch_per_slot
-                yield _Request(number, order.slot_samples(step, own_slot, source.slots, batch))
+                yield self.request(step, slot)
+
+    def request(self, step: int, slot: int) -> _Request:
+        number, own_slot = self._places[slot]
+        source, order = self._sources[number], self._orders[number]
+        batch = source.batch_per_slot
+        return _Request(number, order.slot_samples(step, own_slot, source.slots, batch))
 
     def __len__(self) -> int:
         return len(self.span) * len(self.slots)
@@ -109,8 +117,8 @@ class TrainLoader:
     """This rank's micro-batches, step by step.
 
     num_processes: loader processes of this rank, 0 = load in this one. prefetch: batches that each
-    of them keeps ready. cache_bytes bounds the machine's copy of remote shards; local paths are
-    read in place.
+    of them keeps ready. timeout_s: how long one of their batches is waited for. cache_bytes bounds
+    the machine's copy of remote shards; local paths are read in place.
     """
 
     def __init__(
@@ -123,6 +131,7 @@ class TrainLoader:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
         num_processes: int = 0,
         prefetch: int = 2,
+        timeout_s: float = TIMEOUT_S,
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
@@ -135,6 +144,7 @@ class TrainLoader:
         self.plan = slots_of(rank, world_size, self.num_slots)
         cache = Path(cache_dir or default_cache())
         readers = [SourceReader(item, label_space, seed, cache, cache_bytes) for item in sources]
+        self._readers = readers
         own_slots = [slot for slot, idle in self.plan if not idle]
         # It does not know this loader: a cycle would delay the end of the loader processes.
         self._requests = _Requests(readers, seed, own_slots)
@@ -143,13 +153,11 @@ class TrainLoader:
             batch_size=None,
             sampler=self._requests,
             collate_fn=_unchanged,
-            num_workers=num_processes,
             persistent_workers=num_processes > 0,
             prefetch_factor=prefetch if num_processes else None,
-            # Forking a process that runs gloo, NCCL or Ray threads can deadlock.
-            multiprocessing_context=_context() if num_processes else None,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # or each pass would draw from the global one
+            **process_options(num_processes, timeout_s),
         )
 
     @property
@@ -165,23 +173,28 @@ class TrainLoader:
         """This rank's micro-batches of steps [start_step, stop_step).
 
         stop_step: the last of the run, which the clocks tell. An idle slot comes last and is its
-        batch again. One iterator at a time.
+        batch again. One iterator at a time. ValueError naming what hangs if a batch does not come.
         """
         self._requests.span = range(start_step, stop_step)
-        batches = iter(self._loader)
+        with starting_processes():
+            batches = iter(self._loader)
         for step in range(start_step, stop_step):
-            made = {slot: next(batches) for slot in self._requests.slots}
+            made = {
+                slot: next_item(batches, functools.partial(self._name, step, slot))
+                for slot in self._requests.slots
+            }
             yield [
                 (made[slot], Clock(step, slot, self.num_slots, idle, self.seed, stop_step))
                 for slot, idle in self.plan
             ]
 
+    def _name(self, step: int, slot: int) -> str:
+        request = self._requests.request(step, slot)
+        index = self._readers[request.source].index
+        rows = [index.row(draw.row) for draw in request.draws]
+        shards, keys = sorted({join(index.root, row.shard) for row in rows}), [r.key for r in rows]
+        return f"the samples {keys} of {', '.join(shards)} (step {step}, slot {slot})"
+
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _context() -> BaseContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context

@@ -21,6 +21,12 @@ from torch.utils.data import DataLoader, Subset
 
 from memseg_dist import dist
 from memseg_dist.batch import IGNORE
+from memseg_dist.data.loader_process import (
+    TIMEOUT_S,
+    next_item,
+    process_options,
+    starting_processes,
+)
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.metrics import (
     EvaluatedClass,
@@ -165,10 +171,13 @@ def own_share(
     """
     indices = range(dist.rank(), num_images, dist.size())
     own: Any = Subset(dataset, indices)  # type: ignore[arg-type]
-    loader = DataLoader(own, batch_size=None, num_workers=num_processes, collate_fn=tuple)
+    options = process_options(num_processes, TIMEOUT_S)
+    with starting_processes():
+        items = iter(DataLoader(own, batch_size=None, collate_fn=tuple, **options))
+    named = (next_item(items, f"image {index} of the validation set".__str__) for index in indices)
     hidden, console = not show_progress or dist.rank() != 0, Console(stderr=True)
     for image, truth, key, _ in track(
-        loader, "evaluating", len(indices), console=console, disable=hidden
+        named, "evaluating", len(indices), console=console, disable=hidden
     ):
         device = class_ids.device
         yield image.to(device, non_blocking=True), to_evaluated(truth.to(device), class_ids), key

@@ -12,8 +12,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 
 from memseg_dist import dist
+from memseg_dist.data.loader_process import starting_processes
 from memseg_dist.platforms import process
 from memseg_dist.platforms.process import Failure, RunFailed
 from memseg_dist.train.platform import Context
@@ -51,10 +52,17 @@ class LocalContext:
         return bool(dist.all_reduce_sum(torch.tensor(int(self._asked.is_set()))) > 0)
 
 
-def run(worker: Worker, config_json: str, workers: int, use_gpu: bool | None = None) -> dict:
+def run(
+    worker: Worker,
+    config_json: str,
+    workers: int,
+    use_gpu: bool | None = None,
+    timeout_s: float = 900.0,
+) -> dict:
     """worker(config_json, context) on `workers` processes; what rank 0 returned.
 
-    RunFailed carries the text of the error that came first. One worker's own error passes through.
+    timeout_s: how long a collective waits for a worker. RunFailed carries the text of the error
+    that came first. One worker's own error passes through.
     """
     gpu = process.has_gpu(use_gpu)
     if gpu and workers > torch.cuda.device_count():
@@ -63,11 +71,11 @@ def run(worker: Worker, config_json: str, workers: int, use_gpu: bool | None = N
             "machine; use fewer workers, or a Ray cluster (--launch.launcher ray)"
         )
     if workers > 1:
-        return _run_group(worker, config_json, workers, gpu)
+        return _run_group(worker, config_json, workers, gpu, timeout_s)
     process.set_environment(0, 1, 0, 1, gpu)
     process.join_group_of_one(gpu)
     context = LocalContext(0, 1, _device(0, gpu))
-    with _on_sigterm(context.ask_to_stop):
+    with process.heeding_stop_signals(context.ask_to_stop):
         return worker(config_json, context)
 
 
@@ -78,40 +86,34 @@ def fitting_workers(bounds: tuple[int, int], use_gpu: bool | None) -> int:
     return min(most, max(least, devices))
 
 
-@contextmanager
-def _on_sigterm(action: Callable[[], Any]) -> Iterator[None]:
-    """SIGTERM calls `action` inside; a thread other than the main one cannot set that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: action())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool) -> dict:
+def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool, timeout_s: float) -> dict:
     context = mp.get_context("spawn")
     store = _store_on_loopback()
     processes: list[Any] = []
     pipes: list[Connection] = []
-    try:
-        for rank in range(workers):
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = (worker, config_json, rank, workers, store.port, gpu, theirs)
-            child = context.Process(target=_serve, args=arguments, name=f"memseg-{rank}")
-            child.start()
-            theirs.close()
-            processes.append(child)
-            pipes.append(ours)
-        with _on_sigterm(lambda: [child.terminate() for child in processes]):
-            return _first_result(processes, pipes)
-    finally:
+
+    def ask_to_stop() -> None:
         for child in processes:
-            child.kill()
-            child.join()
-            child.close()
+            with suppress(ValueError):  # it is closed, the run is over
+                child.terminate()
+
+    with process.heeding_stop_signals(ask_to_stop):
+        try:
+            for rank in range(workers):
+                ours, theirs = context.Pipe(duplex=False)
+                arguments = (worker, config_json, rank, workers, store.port, gpu, timeout_s, theirs)
+                child = context.Process(target=_serve, args=arguments, name=f"memseg-{rank}")
+                with starting_processes():  # it hears of signals once it can heed them
+                    child.start()
+                    processes.append(child)
+                theirs.close()
+                pipes.append(ours)
+            return _first_result(processes, pipes)
+        finally:
+            for child in processes:
+                child.kill()
+                child.join()
+                child.close()
 
 
 def _store_on_loopback() -> Any:
@@ -156,26 +158,34 @@ def _first_result(processes: list, pipes: list[Connection]) -> dict:
 
 
 def _serve(
-    worker: Worker, config_json: str, rank: int, size: int, port: int, gpu: bool, pipe: Connection
+    worker: Worker,
+    config_json: str,
+    rank: int,
+    size: int,
+    port: int,
+    gpu: bool,
+    timeout_s: float,
+    pipe: Connection,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    context = LocalContext(rank, size, _device(rank, gpu))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks us
+    signal.signal(signal.SIGTERM, lambda number, frame: context.ask_to_stop())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     threading.Thread(target=_die_with_parent, daemon=True).start()
     process.set_environment(rank, size, rank, size, gpu)
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _loopback()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    context = LocalContext(rank, size, _device(rank, gpu))
     try:
-        with _on_sigterm(context.ask_to_stop):
-            store = torch_dist.TCPStore("127.0.0.1", port, is_master=False)
-            torch_dist.init_process_group(
-                process.backend(gpu),
-                store=store,
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(minutes=30),
-            )
-            outcome: dict | Failure = worker(config_json, context)
+        store = torch_dist.TCPStore("127.0.0.1", port, is_master=False)
+        torch_dist.init_process_group(
+            process.backend(gpu),
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        outcome: dict | Failure = worker(config_json, context)
     except Exception as error:  # noqa: BLE001 - whatever it was, the parent is to tell the user
         outcome = Failure.of(error)
     pipe.send(outcome)

@@ -178,6 +178,13 @@ class MlflowTracker(Tracker):
         """The run of `mlflow_run.json`, or a new one whose id is written there."""
         self._client = self._mlflow.MlflowClient(tracking_uri=self._uri)
         run_id = self._stored_run_id()
+        if run_id is not None and not self._has_run(run_id):
+            print(
+                f"tracking: {self._uri} no longer has the run {run_id}; it is made anew, with the "
+                "figures of the run's own history",
+                flush=True,
+            )
+            run_id = None
         if run_id is None:
             run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
             run_id = run.info.run_id
@@ -209,6 +216,15 @@ class MlflowTracker(Tracker):
             return None
         entry = read_json(self._run_file)
         return entry["run_id"] if entry["tracking_uri"] == self._uri else None
+
+    def _has_run(self, run_id: str) -> bool:
+        """False if the store was deleted, or the run in it."""
+        try:
+            return self._client.get_run(run_id).info.lifecycle_stage == "active"
+        except self._mlflow.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def _experiment_id(self) -> str:
         known = self._client.get_experiment_by_name(self._experiment)

@@ -15,8 +15,11 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,14 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.train.torch import TorchConfig, get_device
 from ray.train.v2._internal import constants
 from ray.train.v2.api import config as ray_config
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from memseg_dist import dist
 from memseg_dist.config import LaunchConfig, RunConfig
 from memseg_dist.platforms import process
 from memseg_dist.platforms.process import Failure, RunFailed, WorkerError
@@ -43,13 +48,16 @@ TEARDOWN_S = 600.0
 
 
 class RayContext:
-    """A worker's view of its Ray Train group."""
+    """A worker's view of its Ray Train group. stop_key: what the driver puts into the cluster's
+    key-value store to ask for a stop.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_key: str) -> None:
+        self._stop_key = stop_key
         context = ray.train.get_context()
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = get_device()
-        self.preempted = False
+        self.preempted = self.asked_to_stop = False
 
     def report(self, metrics: Mapping[str, float], checkpoint: str | None = None) -> None:
         """Ray sees the figures and where the checkpoint lies; it uploads nothing."""
@@ -58,7 +66,9 @@ class RayContext:
 
     def should_stop(self) -> bool:
         self.preempted = ray.train.get_preemption_info() is not None
-        return self.preempted
+        is_asked = self.rank == 0 and _internal_kv_get(self._stop_key) is not None
+        self.asked_to_stop = bool(dist.all_reduce_sum(torch.tensor(int(is_asked))) > 0)
+        return self.preempted or self.asked_to_stop
 
 
 def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
@@ -71,11 +81,19 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     gpu = has_gpus if config.launch.use_gpu is None else config.launch.use_gpu
     low, high = config.launch.workers_range
+    stop_key = f"memseg-stop-{uuid.uuid4().hex}"
     _warn_if_small(config, low, gpu)
     trainer = TorchTrainer(
         _run_worker,
-        train_loop_config={"worker": worker, "config_json": config_json, "gpu": gpu},
-        torch_config=TorchConfig(backend=process.backend(gpu)),
+        train_loop_config={
+            "worker": worker,
+            "config_json": config_json,
+            "gpu": gpu,
+            "stop_key": stop_key,
+        },
+        torch_config=TorchConfig(
+            backend=process.backend(gpu), timeout_s=math.ceil(config.launch.timeout_s)
+        ),
         scaling_config=ray_config.ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=gpu,
@@ -91,10 +109,32 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
     )
     try:
         with _helpers_find_this_cluster():
-            result: Any = trainer.fit()
+            result = _fit(trainer, stop_key)
     except TrainingFailedError as error:
         raise RunFailed(_text_of(error)) from None
     return json.loads(result.return_value)
+
+
+def _fit(trainer: TorchTrainer, stop_key: str) -> Any:
+    """trainer.fit(), in a thread of its own: in the main one it would take Ctrl-C for an abort."""
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread raises it
+            outcome.set_exception(error)
+
+    def ask_to_stop() -> None:
+        """From another thread: the main one may hold what a call to the cluster needs."""
+        threading.Thread(target=_internal_kv_put, args=(stop_key, b"1"), daemon=True).start()
+
+    with process.heeding_stop_signals(ask_to_stop):
+        threading.Thread(target=fit, name="trainer", daemon=True).start()
+        try:
+            return outcome.result()
+        finally:
+            _internal_kv_del(stop_key)
 
 
 @contextmanager
@@ -132,7 +172,7 @@ def connect(config: RunConfig) -> None:
 
 def _run_worker(arguments: dict[str, Any]) -> str:
     """The loop of one Ray worker: what rank 0 returned, as JSON."""
-    context = RayContext()
+    context = RayContext(arguments["stop_key"])
     ray_context = ray.train.get_context()
     process.set_environment(
         context.rank,
@@ -149,7 +189,7 @@ def _run_worker(arguments: dict[str, Any]) -> str:
         failure = Failure.of(error)
         print(f"worker {context.rank}: {failure.text}", file=sys.stderr, flush=True)
         raise WorkerError(failure.text, failure.details) from None
-    if context.preempted:
+    if context.preempted and not context.asked_to_stop:
         _await_teardown()
     return json.dumps(result)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +70,31 @@ def summary_of(failures: Mapping[int, Failure]) -> str:
     if cause.details:
         lines += ["", *cause.details.splitlines()[-12:]]
     return "\n".join(lines)
+
+
+@contextmanager
+def heeding_stop_signals(ask_to_stop: Callable[[], object]) -> Iterator[None]:
+    """Within, SIGTERM and Ctrl-C call `ask_to_stop`; a second Ctrl-C is a KeyboardInterrupt.
+
+    A thread other than the main one cannot set that, and does without.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        text = b"\nstopping: a checkpoint is saved first (Ctrl-C again: it is not)\n"
+        os.write(2, text)  # `print` may be what was interrupted
+        ask_to_stop()
+
+    before = [signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 def set_environment(rank: int, size: int, local_rank: int, local_size: int, use_gpu: bool) -> None:

@@ -7,8 +7,9 @@
         run.json                                step, config, label space
         manifest.json                           SHA-256 and size of each file, rows of each memory
 
-Without a manifest a directory is torn: it is never chosen, and named in a warning. Locally all
-files are written under `.tmp` and renamed; at a URL the manifest, written last, makes it whole.
+Without a manifest a directory is torn: it is never chosen, named in a warning, and deleted when the
+next checkpoint is whole. Locally all files are written under `.tmp` and renamed; at a URL the
+manifest, written last, makes it whole (`train.saver`).
 Nothing is pickled. Random numbers need no state: they are derived from seed, step and slot.
 """
 
@@ -31,23 +32,13 @@ from torch import Tensor
 from memseg_dist import dist
 from memseg_dist.checks import require
 from memseg_dist.config import RunConfig
-from memseg_dist.data.files import filesystem_of, info, is_url, join, open_binary
+from memseg_dist.data.files import filesystem_of, info, join, open_binary
 from memseg_dist.data.splits import split_name
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.jsonable import decode, encode, flatten
-from memseg_dist.memory.state import Reader, Rows, Stateful
+from memseg_dist.memory.state import Reader, Stateful
 from memseg_dist.train.engine import Engine, EngineState
-from memseg_dist.train.storage import (
-    local_copy,
-    make_empty,
-    on_rank_0,
-    read_json,
-    reading_tensors,
-    rename,
-    together,
-    write_json,
-    write_tensors,
-)
+from memseg_dist.train.storage import local_copy, read_json, reading_tensors, together
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -57,60 +48,28 @@ FREE_KEYS = ("name", "storage", "resume", "validation", "launch", "engine", "tra
 """What may change when a run is resumed; so may `every` and the paths of the sources."""
 
 
-def save(
-    directory: str,
-    step: int,
-    engine: Engine,
-    memories: Mapping[str, Stateful],
-    config: RunConfig,
-    label_space: LabelSpace,
-    *,
-    keep: int,
-) -> str:
-    """Write the state after `step` steps under `directory`. Collective. Returns its path.
-
-    An error of one rank is raised on every rank, and leaves nothing that `latest` would choose.
-    """
-    target = join(directory, f"step-{step:08d}")
-    scratch = target if is_url(directory) else f"{target}.tmp"
-    on_rank_0(lambda: make_empty(scratch))
-    tensors: dict[str, Mapping[str, Tensor]] = {}
-    parts = {}
-    for name, memory in sorted(memories.items()):
-        tensors[_memory_file(name)], parts[name] = _divide(name, memory.state_dict())
-    state = engine.state()
-    if dist.rank() == 0:
-        tensors |= {"model.safetensors": state.weights, "optimizer.safetensors": state.optimizer}
-    run = {"step": step, "config": encode(config), "label_space": label_space.to_json()}
-
-    def write() -> dict[str, dict[str, Any]]:
-        written = {
-            name: write_tensors(scratch, name, content)
-            for name, content in tensors.items()
-            if content or not name.startswith("memory-")
-        }
-        if dist.rank() == 0:
-            written["run.json"] = write_json(scratch, "run.json", run)
-        return written
-
-    def commit(files: dict[str, dict[str, Any]]) -> None:
-        manifest = {"format": FORMAT, "step": step, "files": files, "memories": parts}
-        write_json(scratch, MANIFEST, manifest)
-        if scratch != target:
-            rename(scratch, target)
-        _forget_old(directory, keep)
-
-    files = {name: entry for written in together(write) for name, entry in written.items()}
-    on_rank_0(lambda: commit(files))
-    return target
+class DamagedCheckpoint(ValueError):
+    """A file is not as it was written. The text names it."""
 
 
 def latest(directory: str) -> str | None:
     """The newest whole checkpoint under `directory`, or None. Torn ones are named in a warning."""
-    checkpoints = _survey(directory)
+    return max(whole_checkpoints(directory), default=None)
+
+
+def whole_checkpoints(directory: str) -> list[str]:
+    """The whole checkpoints under `directory`, oldest first. Torn ones are named in a warning."""
+    checkpoints = survey(directory)
     for path in (path for path, is_whole in checkpoints.items() if not is_whole):
         log.warning("ignoring the incomplete checkpoint %s", path)
-    return max((path for path, is_whole in checkpoints.items() if is_whole), default=None)
+    return [path for path, is_whole in checkpoints.items() if is_whole]
+
+
+def discard(paths: Sequence[str]) -> None:
+    """Take their manifests away: nothing chooses them any more, and the next one deletes them."""
+    for path in paths:
+        filesystem, remote = filesystem_of(path)
+        filesystem.rm_file(join(remote, MANIFEST))
 
 
 Part = tuple[str, int, int]
@@ -214,15 +173,16 @@ class Checkpoint:
         return sorted({part[0] for parts in self._parts(memory).values() for part in parts})
 
     def verify(self, files: list[str] | None = None) -> None:
-        """ValueError naming the first of `files` (default: all) that is not as it was written."""
+        """DamagedCheckpoint for the first of `files` (default: all) that is not as it was
+        written."""
         for name in sorted(self.manifest.files if files is None else files):
             expected, where = self.manifest.files[name].sha256, join(self.path, name)
             with open_binary(where) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             if found != expected:
-                raise ValueError(
+                raise DamagedCheckpoint(
                     f"{where} is damaged: SHA-256 is {found}, the manifest says "
-                    f"{expected}; delete {self.path} to resume from an earlier checkpoint"
+                    f"{expected}; delete {self.path} to use an earlier checkpoint"
                 )
 
     @contextmanager
@@ -238,7 +198,16 @@ class Checkpoint:
     def verify_together(self) -> None:
         """Every rank checks its share of the files; an error is raised on all. Collective."""
         files = sorted(self.manifest.files)
-        together(lambda: self.verify(files[dist.rank() :: dist.size()]))
+
+        def damage() -> str | None:
+            try:
+                self.verify(files[dist.rank() :: dist.size()])
+            except DamagedCheckpoint as error:
+                return str(error)
+            return None
+
+        for found in filter(None, together(damage)):
+            raise DamagedCheckpoint(found)
 
     def _parts(self, memory: str) -> Mapping[str, Sequence[Part]]:
         saved = self.manifest.memories
@@ -294,7 +263,7 @@ def load(
 ) -> int:
     """Take over a run at any number of workers. Collective. Returns the steps done.
 
-    ValueError for a damaged file, another label space or another config.
+    ValueError for a damaged file (DamagedCheckpoint), another label space or another config.
     """
     checkpoint.verify_together()
     check_same_run(checkpoint, config, label_space)
@@ -340,40 +309,7 @@ def _identity(config: RunConfig) -> dict[str, str]:
     return flatten(value)
 
 
-def _divide(name: str, state: Mapping[str, Rows | Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """This rank's tensors to write, and which file holds which rows of each. Collective.
-
-    Ranks that hold the same rows write them once; what all hold alike is rank 0's to write.
-    """
-    layout = {
-        key: (value.start, value.start + len(value.tensor)) if isinstance(value, Rows) else (-1, -1)
-        for key, value in state.items()
-    }
-    layouts = dist.all_gather_object(layout)
-    own: dict[str, Tensor] = {}
-    parts: dict[str, list[Part]] = {}
-    for key, value in state.items():
-        seen: set[tuple[int, int]] = set()
-        parts[key] = []
-        for rank, ranges in enumerate(layouts):
-            start, stop = ranges[key]
-            is_only_chance = rank == len(layouts) - 1 and not parts[key]
-            if (start, stop) in seen or (start == stop >= 0 and not is_only_chance):
-                continue
-            seen.add((start, stop))
-            parts[key].append((_memory_file(name, rank), start, stop))
-            if rank == dist.rank():
-                own[key] = value.tensor if isinstance(value, Rows) else value
-        parts[key].sort(key=lambda part: part[1])
-    return own, parts
-
-
-def _memory_file(name: str, rank: int | None = None) -> str:
-    rank = dist.rank() if rank is None else rank
-    return f"memory-{name}-{rank:05d}-of-{dist.size():05d}.safetensors"
-
-
-def _survey(directory: str) -> dict[str, bool]:
+def survey(directory: str) -> dict[str, bool]:
     """Each checkpoint's path, oldest first, and whether it is whole."""
     filesystem, root = filesystem_of(directory)
     filesystem.invalidate_cache()
@@ -397,14 +333,3 @@ def _is_whole(path: str) -> bool:
         return all(info(join(path, name))["size"] == entry.bytes for name, entry in listed.items())
     except ValueError:
         return False
-
-
-def _forget_old(directory: str, keep: int) -> None:
-    whole = [path for path, is_whole in _survey(directory).items() if is_whole]
-    for path in whole[:-keep]:
-        filesystem, remote = filesystem_of(path)
-        try:
-            filesystem.rm_file(join(remote, MANIFEST))  # first: a half-deleted one is not whole
-            filesystem.rm(remote, recursive=True)
-        except OSError as error:
-            log.warning("cannot delete the old checkpoint %s: %s", path, error)

@@ -100,7 +100,9 @@ def host_weights(method: Method) -> dict[str, Tensor]:
     """Weights and buffers on rank 0's host; nothing elsewhere."""
     if dist.rank() != 0:
         return {}
-    return {name: tensor.detach().cpu().clone() for name, tensor in method.state_dict().items()}
+    return {
+        name: tensor.detach().to("cpu", copy=True) for name, tensor in method.state_dict().items()
+    }
 
 
 class TorchEngine:

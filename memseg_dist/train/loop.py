@@ -22,11 +22,18 @@ from memseg_dist.data.loader import TrainLoader
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.methods.method import Method
 from memseg_dist.nn.batchnorm import commit_statistics
-from memseg_dist.train.checkpoint import Checkpoint, latest, load, save
+from memseg_dist.train.checkpoint import (
+    Checkpoint,
+    DamagedCheckpoint,
+    discard,
+    load,
+    whole_checkpoints,
+)
 from memseg_dist.train.engine import Engine, EngineFactory
 from memseg_dist.train.meters import Meter, Recorder
 from memseg_dist.train.optim import learning_rate
 from memseg_dist.train.platform import Context, Tracker
+from memseg_dist.train.saver import Saver
 from memseg_dist.train.storage import make_writable, on_rank_0
 from memseg_dist.train.validate import Draw, Validator
 
@@ -45,7 +52,8 @@ def train(
     ValueError, on every rank, for what the user can correct.
     """
     try:
-        result = _train(config, context, tracker, engine_factory, draw)
+        with dist.naming_absent_ranks():  # before the tracker, which may take a while to finish
+            result = _train(config, context, tracker, engine_factory, draw)
     except BaseException:
         tracker.finish("failed")
         raise
@@ -71,11 +79,20 @@ def _train(
     done, checkpoint = resume(config, engine, method, label_space)
     record = Recorder(config, context, tracker, done)
     meter, every = Meter(), config.every
+    folder = join(config.directory, "checkpoints")
+    saver = Saver(folder, config, label_space, every.keep_checkpoints)
     is_stopping = False
+
+    def settle(wait: bool) -> None:
+        nonlocal checkpoint
+        if (path := saver.settle(wait)) is not None:
+            checkpoint = path
+            context.report(record.last, checkpoint)
 
     def evaluate_if_due() -> None:
         is_due = done == config.steps or (done > 0 and done % every.evaluate == 0)
         if validate is not None and is_due and done not in record.evaluated:
+            settle(wait=True)  # an evaluation is long, and may be killed too
             record(done, validate(method, tracker, done))
 
     evaluate_if_due()  # a run that was stopped between its checkpoint and its evaluation
@@ -98,10 +115,9 @@ def _train(
             # the line first: a run that goes on from the checkpoint does not make it again
             record(done, {"lr": lr, **meter.read(), **method.summary(step_clock)})
         if saves:
-            folder, state = join(config.directory, "checkpoints"), method.state()
-            keep = every.keep_checkpoints
-            checkpoint = save(folder, done, engine, state, config, label_space, keep=keep)
-            context.report(record.last, checkpoint)
+            settle(wait=True)  # one at a time
+            saver.start(done, engine, method.state())
+        settle(wait=is_last or is_stopping)
         if is_stopping:
             break
         evaluate_if_due()
@@ -142,34 +158,57 @@ def build_loader(config: RunConfig, label_space: LabelSpace, context: Context) -
         cache_bytes=config.loader.cache_bytes,
         num_processes=config.loader.processes,
         prefetch=config.loader.prefetch,
+        timeout_s=config.loader.timeout_s,
         rank=dist.rank(),
         world_size=dist.size(),
         pin_memory=context.device.type == "cuda",
     )
 
 
-def newest_checkpoint(config: RunConfig) -> str | None:
-    """Where the run would go on from. ValueError if `config.resume` does not allow that."""
+def checkpoints_to_resume(config: RunConfig) -> list[str]:
+    """Whole checkpoints to go on from, the newest first. ValueError if `config.resume` does not
+    allow what there is.
+    """
     directory = join(config.directory, "checkpoints")
-    path = latest(directory)
-    if path is None and config.resume == "must":
+    paths = whole_checkpoints(directory)[::-1]
+    if not paths and config.resume == "must":
         raise ValueError(
             f"resume is 'must', but {directory} holds no whole checkpoint; check `storage` and "
             "`name`, or start with resume auto"
         )
-    if path is not None and config.resume == "never":
+    if paths and config.resume == "never":
         raise ValueError(
-            f"resume is 'never', but the run has the checkpoint {path}; give the run another name, "
-            "delete it, or go on from it with resume auto"
+            f"resume is 'never', but the run has the checkpoint {paths[0]}; give the run another "
+            "name, delete it, or go on from it with resume auto"
         )
-    return path
+    return paths
 
 
 def resume(
     config: RunConfig, engine: Engine, method: Method, label_space: LabelSpace
 ) -> tuple[int, str | None]:
-    """Go on from the newest whole checkpoint: the steps done and its path. Collective."""
-    path = on_rank_0(lambda: newest_checkpoint(config))
-    if path is None:
-        return 0, None
-    return load(Checkpoint(path), engine, method.state(), config, label_space), path
+    """Go on from the newest checkpoint that is as it was written: the steps done and its path.
+
+    Damaged ones are discarded with a warning once an older one has been loaded; ValueError if there
+    is none. Collective.
+    """
+    damaged: list[str] = []
+    for path in on_rank_0(lambda: checkpoints_to_resume(config)):
+        try:
+            done = load(Checkpoint(path), engine, method.state(), config, label_space)
+        except DamagedCheckpoint as error:
+            damaged.append(path)
+            if dist.rank() == 0:
+                print(f"WARNING: {error}", flush=True)
+            continue
+        if damaged:
+            on_rank_0(lambda: discard(damaged))
+            if dist.rank() == 0:
+                print(f"WARNING: the run goes back to {path} and discards {damaged}", flush=True)
+        return done, path
+    if damaged:
+        raise ValueError(
+            f"no checkpoint of the run is as it was written ({', '.join(damaged)}); restore one, "
+            "or delete them to start from the beginning"
+        )
+    return 0, None

@@ -13,10 +13,10 @@ from torch import Tensor
 from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import RunConfig, to_json
-from memseg_dist.data.files import exists, filesystem_of, is_url, join, read_bytes, write_atomically
+from memseg_dist.data.files import exists, is_url, join, read_bytes
 from memseg_dist.jsonable import flatten
 from memseg_dist.train.platform import Context, Tracker
-from memseg_dist.train.storage import on_rank_0
+from memseg_dist.train.storage import on_rank_0, replace_file
 from memseg_dist.train.validate import EVALUATION
 
 
@@ -144,12 +144,7 @@ class History:
                 file.write(self._lines[-1] + "\n")
 
     def _rewrite(self) -> None:
-        content = "".join(f"{line}\n" for line in self._lines).encode()
-        if is_url(self._path):
-            filesystem, path = filesystem_of(self._path)
-            filesystem.pipe_file(path, content)
-        else:
-            write_atomically(self._path, content)
+        replace_file(self._path, "".join(f"{line}\n" for line in self._lines).encode())
 
 
 def _step_of(line: str) -> float:

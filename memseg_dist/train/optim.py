@@ -115,7 +115,7 @@ def whole_state(
     if dist.rank() != 0:
         return {}
     return update_count(optimizer) | {
-        f"{key}/{name}": tensor.detach().cpu().clone()
+        f"{key}/{name}": tensor.detach().to("cpu", copy=True)
         for name, parameter in named.items()
         for key, tensor in optimizer.state[parameter].items()
         if key != "step"

@@ -50,6 +50,15 @@ def _write(directory: str, name: str, write: Callable[[str], Any]) -> dict[str, 
     return {"sha256": digest, "bytes": num_bytes}
 
 
+def replace_file(path: str, content: bytes) -> None:
+    """All of `content` or what was there before, at a path or URL."""
+    if is_url(path):
+        filesystem, remote = filesystem_of(path)
+        filesystem.pipe_file(remote, content)
+    else:
+        files.write_atomically(path, content)
+
+
 def read_json(path: str) -> dict[str, Any]:
     """ValueError naming a file that cannot be read or holds no JSON object."""
     value = files.read_json(path)

@@ -34,9 +34,10 @@ from memseg_dist.methods.method import MethodConfig
 from memseg_dist.pipeline import parse
 from memseg_dist.stages import read_by, resolved
 from memseg_dist.tools.search import PublishedRows
-from memseg_dist.train.checkpoint import Checkpoint, latest, save
+from memseg_dist.train.checkpoint import Checkpoint, latest
 from memseg_dist.train.checkpoint import load as load_checkpoint
 from memseg_dist.train.engine import TorchEngine
+from memseg_dist.train.saver import save
 
 CONFIG = tiny_config(OptimizerConfig("adamw", lr=0.1))
 CATEGORIES = (Category("n0", "cat"), Category("n1", "dog"), Category("n2", "lion"))

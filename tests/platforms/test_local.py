@@ -9,11 +9,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import torch.distributed as torch_dist
 
 from memseg_dist import dist
 from memseg_dist.platforms import local
@@ -59,6 +61,16 @@ def run_until_asked(config_json, context, *, ready):
             Path(ready).touch()
         time.sleep(0.02)
     return {"stopped": True}
+
+
+def never_come(config_json, context):
+    """The last worker hangs before a collective."""
+    impatient = torch_dist.new_group(timeout=timedelta(seconds=3))
+    with dist.naming_absent_ranks():
+        if context.rank == context.size - 1:
+            time.sleep(300)
+        torch_dist.all_reduce(torch.zeros(1), group=impatient)
+    return {}
 
 
 def children() -> list[psutil.Process]:
@@ -115,6 +127,11 @@ def test_the_error_of_the_worker_that_failed_first_is_the_error(how, text):
     assert len(children()) == before
 
 
+def test_a_worker_that_hangs_is_named():
+    with pytest.raises(RunFailed, match="RuntimeError: worker 2 did not come to a collective"):
+        local.run(never_come, "", 3, use_gpu=False)
+
+
 def test_a_lone_worker_raises_its_own_error():
     def fail(config_json, context):
         raise ValueError("as it is")
@@ -123,7 +140,11 @@ def test_a_lone_worker_raises_its_own_error():
         local.run(fail, "", 1, use_gpu=False)
 
 
-def test_sigterm_asks_every_worker_to_leave(tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_to_the_process_group_asks_every_worker_to_leave(
+    tmp_path, workers, stop_signal
+):
     ready = tmp_path / "ready"
     script = tmp_path / "script.py"
     script.write_text(
@@ -135,13 +156,15 @@ def test_sigterm_asks_every_worker_to_leave(tmp_path):
             from memseg_dist.platforms import local
             if __name__ == "__main__":
                 worker = functools.partial(run_until_asked, ready={str(ready)!r})
-                print(local.run(worker, "", 2, use_gpu=False))
+                print(local.run(worker, "", {workers}, use_gpu=False))
             """
         )
     )
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_for(ready.exists)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, stop_signal)
     output, _ = process.communicate(timeout=60)
     assert output.strip() == "{'stopped': True}"
 
@@ -166,8 +189,16 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    gone, alive = psutil.wait_procs(workers, timeout=20)
-    assert len(gone) >= 2 and not alive
+    assert len(workers) >= 2
+    wait_for(lambda: not any(map(is_alive, workers)), timeout_s=20)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """An orphan that nobody has reaped yet is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(condition, timeout_s=90.0):

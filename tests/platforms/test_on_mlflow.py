@@ -137,6 +137,33 @@ def test_figures_that_a_killed_process_never_wrote_come_from_the_history(store, 
     assert sorted((metric.step, metric.value) for metric in written) == expected
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_run_that_the_store_lost_is_made_anew_from_the_history(
+    store, tmp_path, capsys, is_deleted
+):
+    first = open_tracker(store, tmp_path)
+    first.finish("stopped")
+    if is_deleted:
+        mlflow.MlflowClient(tracking_uri=store[0]).delete_run(first.run_id)
+    else:  # as after the loss of mlflow.db
+        entry = {"run_id": "f" * 32, "tracking_uri": store[0]}
+        (tmp_path / on_mlflow.RUN_FILE).write_text(json.dumps(entry))
+    history = tmp_path / "metrics.jsonl"
+    history.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    second = open_tracker(store, tmp_path, history=str(history))
+    second.log_params({"seed": "3"})
+    second.log_metrics({"loss": 0.125}, 3)
+    second.finish("finished")
+    assert (second.num_failures, second.num_dropped) == (0, 0)
+    assert "no longer has the run" in capsys.readouterr().out
+    client, run = read(store, second)
+    assert run.info.run_id not in (first.run_id, "f" * 32)
+    assert run.data.params == {"seed": "3"}
+    written = client.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in written] == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    assert json.loads((tmp_path / on_mlflow.RUN_FILE).read_text())["run_id"] == run.info.run_id
+
+
 def test_system_metrics_are_written(store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     tracker = open_tracker(store, tmp_path, system_metrics=True)

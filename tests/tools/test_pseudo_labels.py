@@ -35,9 +35,10 @@ from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.stages import LabelConfig
 from memseg_dist.tools.pseudo_labels import label
 from memseg_dist.tools.shards import Sample, finish, write_shard
-from memseg_dist.train.checkpoint import Checkpoint, save
+from memseg_dist.train.checkpoint import Checkpoint
 from memseg_dist.train.engine import TorchEngine
 from memseg_dist.train.platform import Tracker
+from memseg_dist.train.saver import save
 
 VOCABULARY = Vocabulary(
     tuple(Category(uid, uid) for uid in ("dog", "ghost", "background", "cat", "cow"))

@@ -18,8 +18,9 @@ from memseg_dist.memory.layouts import Rings
 from memseg_dist.memory.means import ClassMeans
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.memory.rules import Overwrite
-from memseg_dist.train.checkpoint import Checkpoint, check_same_run, latest, load, save
+from memseg_dist.train.checkpoint import Checkpoint, check_same_run, latest, load
 from memseg_dist.train.engine import TorchEngine
+from memseg_dist.train.saver import save
 from memseg_dist.train.storage import make_writable
 
 LABELS = LabelSpace.union({"source0": Vocabulary((Category("n1", "cat"), Category("n2", "dog")))})

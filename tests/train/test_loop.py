@@ -313,6 +313,32 @@ def test_resume_never_and_must(data, tmp_path):
         torch_run(data, tmp_path, resume="never", steps=1)
 
 
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(data, tmp_path, capsys):
+    _, config = torch_run(data, tmp_path)
+    before = losses(config)
+    folder = Path(config.directory, "checkpoints")
+    files = [folder / f"step-0000000{step}" / "model.safetensors" for step in (6, 3)]
+    whole = [file.read_bytes() for file in files]
+
+    def flip(number: int) -> None:
+        content = bytearray(whole[number])
+        content[-3] ^= 1
+        files[number].write_bytes(content)
+
+    flip(0)
+    result, _ = torch_run(data, tmp_path)
+    output = capsys.readouterr().out
+    assert f"WARNING: {files[0]} is damaged" in output
+    assert f"the run goes back to {files[1].parent} and discards" in output
+    assert result["step"] == 6 and losses(config) == before
+    assert files[0].read_bytes() == whole[0]  # made again
+    flip(0)
+    flip(1)
+    with pytest.raises(ValueError, match=r"no checkpoint of the run is as it was written \(.*6, "):
+        torch_run(data, tmp_path)
+    assert len(list(folder.glob("*/manifest.json"))) == 2  # nothing is discarded for nothing
+
+
 def test_a_changed_config_is_refused_and_says_what_changed(data, tmp_path):
     torch_run(data, tmp_path, steps=1)
     with pytest.raises(ValueError, match=r"another config.*seed: 5 -> 6.*another name"):

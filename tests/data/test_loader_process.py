@@ -1,0 +1,106 @@
+"""Loader processes: no stop signal reaches them, and they end with the worker they read for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from data.made import SPACE
+
+from memseg_dist.data.augment import AugmentConfig
+from memseg_dist.data.loader import Source, TrainLoader
+
+TESTS = Path(__file__).resolve().parents[1]
+
+READING = """
+import signal, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
+from data.test_loader_process import loader_of
+
+if __name__ == "__main__":
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
+    signal.signal(signal.SIGINT, lambda *_: heard.append("INT"))
+    for step, _ in enumerate(loader_of(sys.argv[2]).steps(0, 10**6)):
+        if step == 0 or len(heard) == 2:  # from then on, a step a line
+            print(step, flush=True)
+            sys.stdin.readline()
+"""
+
+
+def loader_of(root: str | Path, **changes) -> TrainLoader:
+    augment = AugmentConfig(resize=(64, 48), crop=32)
+    source = Source("masks", str(root), "masks", 1, 2, augment)
+    return TrainLoader((source,), SPACE, seed=5, num_processes=2, **changes)
+
+
+def test_they_outlive_a_stop_signal_and_end_with_a_killed_worker(masks_root, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(READING)
+    command = [sys.executable, str(script), str(TESTS), str(masks_root)]
+    worker = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert worker.stdin and worker.stdout and worker.stderr
+    assert worker.stdout.readline() == "0\n"
+    helpers = psutil.Process(worker.pid).children(recursive=True)
+    assert len(helpers) >= 4  # resource tracker, fork server, two loader processes
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        os.killpg(worker.pid, stop_signal)  # everyone, as Ctrl-C and batch systems do
+    for _ in range(20):  # more than was read ahead
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        assert worker.stdout.readline()
+    assert all(map(is_alive, helpers))
+    worker.kill()
+    wait_until(lambda: not any(map(is_alive, helpers)))
+    assert "Traceback" not in worker.stderr.read()
+    worker.wait()
+
+
+def test_a_read_that_hangs_is_named_and_ended(masks_root, tmp_path):
+    root = tmp_path / "masks"
+    root.mkdir()
+    for file in Path(masks_root).iterdir():
+        (root / file.name).write_bytes(file.read_bytes())
+    loader = loader_of(root, timeout_s=2.0)
+    for shard in root.glob("*.tar"):
+        shard.unlink()
+        os.mkfifo(shard)  # as a file system that does not answer: `open` never returns
+    before = {each.pid for each in loaders_here()}
+    wanted = rf"has not read the samples \[.*\] of {root}/.*\.tar.* \(step 0, slot 0\) within"
+    with pytest.raises(ValueError, match=wanted):
+        next(loader.steps(0, 1))
+    del loader
+    wait_until(lambda: not [each for each in loaders_here() if each.pid not in before])
+
+
+def loaders_here() -> list[psutil.Process]:
+    everyone = psutil.Process().children(recursive=True)
+    return [each for each in everyone if is_alive(each) and each.name() == "pt_data_worker"]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """An orphan that nobody has reaped yet is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
