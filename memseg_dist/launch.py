@@ -18,10 +18,12 @@ from memseg_dist.platforms import local
 from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pictures.draw import draw_validation
+from memseg_dist.train.console import ConsoleTracker
 from memseg_dist.train.engine import EngineFactory, TorchEngine
 from memseg_dist.train.loop import newest_checkpoint, train
-from memseg_dist.train.platform import ConsoleTracker, Context, Tracker, Trackers
-from memseg_dist.train.storage import make_writable
+from memseg_dist.train.overview import survey
+from memseg_dist.train.platform import Context, Tracker, Trackers
+from memseg_dist.train.storage import make_writable, on_rank_0
 
 
 def launch(config: RunConfig) -> dict[str, Any]:
@@ -56,7 +58,11 @@ def run_worker(
     ensure_indexed(
         [*paths, config.validation.path] if config.validation else paths, config.cache_directory
     )
+    overview = on_rank_0(
+        lambda: survey(config, context.device, context.size, newest_checkpoint(config))
+    )
     tracker = build_tracker(config, tags) if context.rank == 0 else Tracker()
+    tracker.begin(overview)
     return train(config, context, tracker, engine_factory(config), draw_validation)
 
 
@@ -70,9 +76,10 @@ def engine_factory(config: RunConfig) -> EngineFactory:
 
 def build_tracker(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
     """What rank 0 writes to; figures to standard output and pictures to the run directory too."""
+    trackers: list[Tracker] = [ConsoleTracker(config)]
     if config.tracking.kind == "none":
-        return Tracker()
-    trackers: list[Tracker] = [ConsoleTracker(), FolderTracker(config.directory)]
+        return trackers[0]
+    trackers.append(FolderTracker(config.directory))
     if config.tracking.kind == "mlflow":
         trackers.append(build_mlflow(config, tags))
     return Trackers(trackers)

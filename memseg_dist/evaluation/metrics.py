@@ -72,7 +72,8 @@ class GroupScore:
 @dataclass(frozen=True, slots=True)
 class SegmentationScores:
     """`groups` has all; base and novel if classes are so marked; head, common and tail if counts
-    of training images are known for all classes. `pixel_accuracy` is in 0..1."""
+    of training images are known for all classes, and these are not all of one bucket.
+    `pixel_accuracy` is in 0..1."""
 
     groups: dict[str, GroupScore]
     classes: tuple[ClassScore, ...]
@@ -173,7 +174,8 @@ class SegmentationMetrics:
         if any(row.group is not None for row in rows):
             for name in ("base", "novel"):
                 groups[name] = group_score([row for row in rows if row.group == name])
-        if all(row.bucket is not None for row in rows):
+        buckets = {row.bucket for row in rows}
+        if None not in buckets and len(buckets) > 1:  # the only one would repeat All
             for name in ("head", "common", "tail"):
                 groups[name] = group_score([row for row in rows if row.bucket == name])
         num_pixels = int(target.sum())

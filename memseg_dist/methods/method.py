@@ -37,6 +37,8 @@ class MethodConfig:
 
     kinds: ClassVar[dict[str, type[MethodConfig]]] = {}
     """The table by which JSON finds the class of a `kind`; see `methods.kinds.register`."""
+    labels_name_all: ClassVar[bool] = False
+    """Whether image labels are taken to name whatever is large in the image."""
 
     def build(self, setup: Setup) -> Method:
         """The method with fresh weights, drawn from torch's global generator."""

@@ -15,21 +15,25 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import fsspec
 import numpy as np
 
 from memseg_dist.data.files import exists, read_bytes
+from memseg_dist.train.overview import Overview
 from memseg_dist.train.platform import Tracker
 from memseg_dist.train.storage import read_json
 
 RUN_FILE = "mlflow_run.json"
 MAX_PENDING = 10_000
 """Entries that wait to be written; further ones are dropped and counted."""
-MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_KEY = 1000, 100, 6000, 250
+MAX_METRICS, MAX_PARAMS, MAX_KEY = 1000, 100, 250
 """MLflow's limits: per call, and in characters."""
+MAX_VALUE = 200
+"""Characters of a parameter's value: a page shows them all. config.json has the whole."""
 ATTEMPTS, PAUSE_S = 3, 5.0
 FINISH_S = 60.0
 """How long `finish` waits for what is pending."""
@@ -37,8 +41,20 @@ FINISH_S = 60.0
 Row = tuple[str, float, int, int]
 """Key, value, time in ms, step."""
 
+EXPERIMENT_KIND = "mlflow.experimentKind", "custom_model_development"
+"""Opens the experiment's page with its runs, not with traces of language models."""
+
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _BAD_CHARACTERS = re.compile(r"[^\w\-. /:]")
+_GROUPS = {
+    **dict.fromkeys(("images_per_second", "step_seconds", "data_wait_share"), "speed"),
+    **dict.fromkeys(("lr", "grad_norm"), "optimizer"),
+    "skipped_samples": "speed",
+    "loss": "losses",
+    "val": "scores",
+    "label": "pseudo labels",
+}
+"""Heading of a figure's chart by the first part of its name; by default that part itself."""
 
 
 class MlflowTracker(Tracker):
@@ -74,6 +90,7 @@ class MlflowTracker(Tracker):
         self._artifacts, self._tags = artifacts, dict(tags or {})
         self._history, self._wants_system_metrics = history, system_metrics
         self._monitor: Any = None
+        self._overview: Overview | None = None
         self._client: Any = None
         self._written: dict[str, int] = {}
         self._images: set[tuple[str, int] | None] = set()
@@ -91,12 +108,15 @@ class MlflowTracker(Tracker):
 
     # called by the training loop
 
-    def log_params(self, params: Mapping[str, str]) -> None:
-        self._put(lambda: self._write_params(params))
+    def begin(self, overview: Overview) -> None:
+        self._put(lambda: self._write_overview(overview))
+
+    def log_params(self, params: Mapping[str, str], defaults: Collection[str] = ()) -> None:
+        self._put(lambda: self._write_params(params, defaults))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        rows = [(_key(name), float(value), now, step) for name, value in metrics.items()]
+        rows = [(_metric(name), float(value), now, step) for name, value in metrics.items()]
         with self._lock:
             self._metrics += rows
             excess = len(self._metrics) - MAX_PENDING
@@ -214,7 +234,9 @@ class MlflowTracker(Tracker):
         known = self._client.get_experiment_by_name(self._experiment)
         if known is not None:
             return known.experiment_id
-        return self._client.create_experiment(self._experiment, artifact_location=self._artifacts)
+        return self._client.create_experiment(
+            self._experiment, artifact_location=self._artifacts, tags=dict([EXPERIMENT_KIND])
+        )
 
     def _flush(self) -> None:
         """Everything that is pending; kept if that fails."""
@@ -237,13 +259,47 @@ class MlflowTracker(Tracker):
             self._client.log_batch(self.run_id, metrics=[Metric(*row) for row in part])
             self._written.update({key: step for key, _, _, step in part})
 
-    def _write_params(self, params: Mapping[str, str]) -> None:
-        """MLflow's parameters are written once; what a restart changed becomes a tag."""
+    def _write_overview(self, overview: Overview) -> None:
+        """The run's note, and its data sets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        self._overview = overview
+        inputs = []
+        for row in overview.data:
+            what = {key: value for key, value in asdict(row).items() if key.startswith("num_")}
+            store = row.path.partition("://")[0] if "://" in row.path else "local"
+            source, profile = json.dumps({"uri": row.path}), json.dumps(what)
+            inputs.append(
+                DatasetInput(
+                    Dataset(row.name, row.fingerprint, store, source, profile=profile),
+                    [InputTag("mlflow.data.context", row.teaches)],
+                )
+            )
+        self._client.log_inputs(self.run_id, datasets=inputs)
+        self._write_note("")
+
+    def _write_note(self, status: str) -> None:
+        """What the run is and, with a status, what came of it."""
+        if self._overview is None:
+            return
+        scores = self._client.get_run(self.run_id).data.metrics if status else {}
+        result = [f"{name.removeprefix('scores/')} {value:.2f}" for name, value in scores.items()
+                  if name.startswith("scores/")]  # fmt: skip
+        note = described(self._overview, self._tags.get("memseg.command", ""))
+        if status:
+            note = f"**{status}** {', '.join(result)}\n\n{note}"
+        self._client.set_tag(self.run_id, "mlflow.note.content", note)
+
+    def _write_params(self, params: Mapping[str, str], defaults: Collection[str]) -> None:
+        """Those that differ from their defaults. MLflow's parameters are written once; what a
+        restart changed becomes a tag.
+        """
         from mlflow.entities import Param
 
         known = self._client.get_run(self.run_id).data.params
-        params = {_key(name): str(value)[:MAX_VALUE] for name, value in params.items()}
-        new = [Param(name, value) for name, value in params.items() if name not in known]
+        changed = [_key(name) for name in params if name not in defaults]
+        params = {_key(name): _shortened(str(value)) for name, value in params.items()}
+        new = [Param(name, params[name]) for name in changed if name not in known]
         for start in range(0, len(new), MAX_PARAMS):
             self._client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
         for name, value in params.items():
@@ -253,6 +309,7 @@ class MlflowTracker(Tracker):
     def _close(self, status: str) -> None:
         if self._monitor is not None:
             self._monitor.finish()
+        self._write_note(status.lower())
         self._client.set_terminated(self.run_id, status)
 
 
@@ -265,8 +322,32 @@ def _read_history(path: str) -> list[Row]:
         if line.endswith("\n"):
             figures = json.loads(line)
             step = figures.pop("step")
-            rows += [(_key(name), float(value), now, step) for name, value in figures.items()]
+            rows += [(_metric(name), float(value), now, step) for name, value in figures.items()]
     return rows
+
+
+def described(overview: Overview, command: str) -> str:
+    """A run's note, as Markdown."""
+    lines = [overview.title, ""]
+    for row in overview.data:
+        lines.append(
+            f"- data **{row.name}** ({row.teaches}): {row.num_images:,} images, {row.num_present:,} "
+            f"of {row.num_classes:,} classes{', ' if row.slots else ''}{row.slots}"
+        )
+    lines += [f"- {name}: {fact}" for name, fact in overview.facts.items()]
+    lines += [f"- **warning** {text}" for text in overview.warnings]
+    return "\n".join([*lines, "", f"`{command}`"])
+
+
+def _metric(name: str) -> str:
+    """`loss/masks/seg` -> `losses/masks seg`: one group of charts for all that is before a "/"."""
+    first, _, rest = name.partition("/")
+    readable = (rest or ("all" if first == "loss" else first)).replace("/", " ").replace("_", " ")
+    return _key(f"{_GROUPS.get(first, first)}/{readable.replace('miou', 'mIoU')}")
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= MAX_VALUE else f"{value[: MAX_VALUE - 3]}..."
 
 
 def _key(name: str) -> str:

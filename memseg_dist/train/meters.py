@@ -14,7 +14,7 @@ from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import RunConfig, to_json
 from memseg_dist.data.files import exists, filesystem_of, is_url, join, read_bytes, write_atomically
-from memseg_dist.jsonable import flatten
+from memseg_dist.jsonable import defaults, flatten
 from memseg_dist.train.platform import Context, Tracker
 from memseg_dist.train.storage import on_rank_0
 from memseg_dist.train.validate import EVALUATION
@@ -159,6 +159,10 @@ def _step_of(line: str) -> float:
         return math.inf  # cut short by a kill
 
 
+_TOLD_BY_THE_RUN = ("name", "storage")
+"""Settings that differ from run to run and say nothing of what it does."""
+
+
 class Recorder:
     """Figures on their way out: history file and tracker (rank 0), launcher (all ranks).
 
@@ -175,7 +179,7 @@ class Recorder:
         for line in on_rank_0(self._history.read):
             self._keep(int(line.pop("step")), line)
         if dist.rank() == 0:
-            tracker.log_params(flatten(config))
+            tracker.log_params(flatten(config), {*defaults(config), *_TOLD_BY_THE_RUN})
             tracker.log_text("config.json", to_json(config))
 
     def __call__(self, step: int, figures: dict[str, float]) -> None:
