@@ -24,7 +24,7 @@ import numpy as np
 
 from memseg_dist.data.files import exists, read_bytes
 from memseg_dist.train.overview import Overview
-from memseg_dist.train.platform import Tracker
+from memseg_dist.train.platform import Tracker, picture_path
 from memseg_dist.train.storage import read_json
 
 RUN_FILE = "mlflow_run.json"
@@ -131,6 +131,7 @@ class MlflowTracker(Tracker):
         key = _key(name)
 
         def write() -> None:
+            self._client.log_image(self.run_id, image, picture_path(name, step))
             if (key, step) not in self._images:
                 self._client.log_image(self.run_id, image, key=key, step=step)
 
@@ -330,9 +331,10 @@ def described(overview: Overview, command: str) -> str:
     """A run's note, as Markdown."""
     lines = [overview.title, ""]
     for row in overview.data:
+        slots = f", {row.slots} a step" if row.slots else ""
         lines.append(
-            f"- data **{row.name}** ({row.teaches}): {row.num_images:,} images, {row.num_present:,} "
-            f"of {row.num_classes:,} classes{', ' if row.slots else ''}{row.slots}"
+            f"- data **{row.name}** ({row.teaches}): {row.num_images:,} images{slots}; "
+            f"{row.num_present:,} of {row.num_classes:,} classes are present"
         )
     lines += [f"- {name}: {fact}" for name, fact in overview.facts.items()]
     lines += [f"- **warning** {text}" for text in overview.warnings]

@@ -43,8 +43,8 @@ class StepBar:
         if self._progress is None:
             if not sys.stdout.isatty():
                 return
-            columns = (SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"),
-                       BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))  # fmt: skip
+            steps, eta = map(TextColumn, ("{task.completed}/{task.total}", "{task.description}"))
+            columns = SpinnerColumn(), steps, BarColumn(), TimeElapsedColumn(), eta
             self._progress = Progress(*columns, transient=True)
             self._progress.add_task("", total=None)
             self._progress.start()
@@ -92,7 +92,7 @@ class ConsoleTracker(Tracker):
         print(f"run {status}", flush=True)
 
     def _training(self, metrics: Mapping[str, float], step: int) -> list[str]:
-        """Progress, and the loss as the sum of its parts: each source's times its share of slots."""
+        """Progress, and the loss as the sum of its parts: each one's mean times its share of slots."""
         terms = []
         for name, value in metrics.items():
             group, _, rest = name.partition("/")

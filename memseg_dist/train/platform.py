@@ -62,7 +62,7 @@ class Tracker:
 def picture_path(name: str, step: int) -> str:
     """Where a run keeps the picture `panels/00` of a step: `panels/step-00000800/00.png`."""
     group, _, rest = name.partition("/")
-    return f"{group}/step-{step:08d}/{rest}.png"
+    return f"{group}/step-{step:08d}/{rest.replace('/', ' ')}.png"
 
 
 class Trackers(Tracker):
