@@ -202,6 +202,8 @@ class TrackingConfig:
     """Where figures and pictures go. A tracking failure never stops training."""
 
     kind: Literal["mlflow", "console", "none"] = "mlflow"
+    """Standard output and metrics.jsonl have the figures in any case. console: pictures and tables
+    go to the run's directory; mlflow: to MLflow too; none: to nowhere."""
     uri: str | None = None
     """MLflow tracking URI; by default sqlite:///STORAGE/mlflow.db."""
     experiment: str = "memseg-dist"

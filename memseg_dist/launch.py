@@ -36,14 +36,16 @@ def launch(config: RunConfig) -> dict[str, Any]:
     newest_checkpoint(config)
     config = replace(config, resume="auto")  # asked once: restarted workers do go on
     config_json = to_json(config)
+    low, high = config.launch.workers_range
+    workers = f"{low}" if low == high else f"{low} to {high}"
+    print(f"{config.name}: starting {workers} workers ({config.launch.launcher})", flush=True)
     worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
     if config.launch.launcher == "ray":
         from memseg_dist.platforms import on_ray
 
         result = on_ray.run(worker, config_json, config)
     else:
-        workers = config.launch.workers_range[1]
-        result = local.run(worker, config_json, workers, config.launch.use_gpu)
+        result = local.run(worker, config_json, high, config.launch.use_gpu)
     print(where_things_are(config), flush=True)
     return result
 
@@ -129,8 +131,9 @@ def where_things_are(config: RunConfig) -> str:
     lines = [f"run         {config.directory}"]
     if config.validation is not None and config.tracking.kind != "none":
         lines.append(f"overlays    {config.directory}/panels")
+    lines.append(f"figures     {config.directory}/metrics.jsonl")
     if config.tracking.kind == "mlflow":
-        lines.append(f"figures     mlflow ui --backend-store-uri {tracking_uri(config)}")
+        lines.append(f"            mlflow ui --backend-store-uri {tracking_uri(config)}")
     if "runtime_resources/working_dir_files" in config.storage:
         lines.append("attention   this directory vanishes with the Ray job; use --storage")
     return "\n".join(lines)

@@ -92,7 +92,7 @@ class ConsoleTracker(Tracker):
         print(f"run {status}", flush=True)
 
     def _training(self, metrics: Mapping[str, float], step: int) -> list[str]:
-        """Progress, and the loss as the sum of its parts: each one's mean times its share of slots."""
+        """Progress, and the loss as the sum of its parts, mean times share of the slots."""
         terms = []
         for name, value in metrics.items():
             group, _, rest = name.partition("/")
