@@ -134,9 +134,16 @@ def where_things_are(config: RunConfig) -> str:
     lines.append(f"figures     {config.directory}/metrics.jsonl")
     if config.tracking.kind == "mlflow":
         lines.append(f"            mlflow ui --backend-store-uri {tracking_uri(config)}")
+        lines.append(f"            {mlflow_page(config)}")
     if "runtime_resources/working_dir_files" in config.storage:
         lines.append("attention   this directory vanishes with the Ray job; use --storage")
     return "\n".join(lines)
+
+
+def mlflow_page(config: RunConfig) -> str:
+    from memseg_dist.platforms.on_mlflow import run_page
+
+    return run_page(config.directory, tracking_uri(config)) or "(MLflow has no page of this run)"
 
 
 def _git(folder: Path, *arguments: str) -> str:

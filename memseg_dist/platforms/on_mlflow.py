@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 import numpy as np
@@ -26,6 +27,7 @@ from memseg_dist.data.files import exists, read_bytes
 from memseg_dist.train.overview import Overview
 from memseg_dist.train.platform import Tracker, picture_path
 from memseg_dist.train.storage import read_json
+from memseg_dist.train.validate import EVALUATION
 
 RUN_FILE = "mlflow_run.json"
 MAX_PENDING = 10_000
@@ -35,14 +37,13 @@ MAX_METRICS, MAX_PARAMS, MAX_KEY = 1000, 100, 250
 MAX_VALUE = 200
 """Characters of a parameter's value: a page shows them all. config.json has the whole."""
 ATTEMPTS, PAUSE_S = 3, 5.0
+MAX_NOTE = 8000
+"""Characters of a run's note, MLflow's limit of a tag."""
 FINISH_S = 60.0
 """How long `finish` waits for what is pending."""
 
 Row = tuple[str, float, int, int]
 """Key, value, time in ms, step."""
-
-EXPERIMENT_KIND = "mlflow.experimentKind", "custom_model_development"
-"""Opens the experiment's page with its runs, not with traces of language models."""
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _BAD_CHARACTERS = re.compile(r"[^\w\-. /:]")
@@ -93,7 +94,7 @@ class MlflowTracker(Tracker):
         self._overview: Overview | None = None
         self._client: Any = None
         self._written: dict[str, int] = {}
-        self._images: set[tuple[str, int] | None] = set()
+        self._pictures: dict[int, list[str]] = {}
         self._pending: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_PENDING)
         self._metrics: list[Row] = []
         self._flush_waits = False
@@ -126,14 +127,20 @@ class MlflowTracker(Tracker):
             is_waiting, self._flush_waits = self._flush_waits, True
         if not is_waiting:
             self._put(self._flush)
+        if any(name.startswith(EVALUATION) for name in metrics):
+            self._put(lambda: self._write_note("running"))
 
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
-        key = _key(name)
+        """A plain artifact, and in the run's note while it is of the newest step. MLflow's own
+        tiles for images print all parameters above the picture, which nobody sees then.
+        """
+        path = picture_path(name, step)
 
         def write() -> None:
-            self._client.log_image(self.run_id, image, picture_path(name, step))
-            if (key, step) not in self._images:
-                self._client.log_image(self.run_id, image, key=key, step=step)
+            self._client.log_image(self.run_id, image, path)
+            shown = self._pictures.setdefault(step, [])
+            if path not in shown:
+                shown.append(path)
 
         self._put(write)
 
@@ -203,14 +210,13 @@ class MlflowTracker(Tracker):
             run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
             run_id = run.info.run_id
             with fsspec.open(self._run_file, "w", auto_mkdir=True) as file:
-                json.dump({"run_id": run_id, "tracking_uri": self._uri}, file)
+                entry = {"run_id": run_id, "experiment_id": run.info.experiment_id}
+                json.dump({**entry, "tracking_uri": self._uri}, file)
         else:
             run = self._client.get_run(run_id)
             self._client.update_run(run_id, status="RUNNING")
             for metric in run.data._metric_objs:  # the last step of each; a history can be huge
                 self._written[metric.key] = metric.step
-            names = (item.path for item in self._client.list_artifacts(run_id, "images"))
-            self._images = {_key_and_step(name) for name in names}
         for key, value in self._tags.items():
             self._client.set_tag(run_id, key, value)
         self.run_id = run_id
@@ -235,9 +241,7 @@ class MlflowTracker(Tracker):
         known = self._client.get_experiment_by_name(self._experiment)
         if known is not None:
             return known.experiment_id
-        return self._client.create_experiment(
-            self._experiment, artifact_location=self._artifacts, tags=dict([EXPERIMENT_KIND])
-        )
+        return self._client.create_experiment(self._experiment, artifact_location=self._artifacts)
 
     def _flush(self) -> None:
         """Everything that is pending; kept if that fails."""
@@ -277,19 +281,22 @@ class MlflowTracker(Tracker):
                 )
             )
         self._client.log_inputs(self.run_id, datasets=inputs)
-        self._write_note("")
+        self._write_note("running")
 
     def _write_note(self, status: str) -> None:
-        """What the run is and, with a status, what came of it."""
+        """What came of the run so far, what it is, and the newest pictures."""
         if self._overview is None:
             return
-        scores = self._client.get_run(self.run_id).data.metrics if status else {}
-        result = [f"{name.removeprefix('scores/')} {value:.2f}" for name, value in scores.items()
-                  if name.startswith("scores/")]  # fmt: skip
-        note = described(self._overview, self._tags.get("memseg.command", ""))
-        if status:
-            note = f"**{status}** {', '.join(result)}\n\n{note}"
-        self._client.set_tag(self.run_id, "mlflow.note.content", note)
+        figures = sorted(self._client.get_run(self.run_id).data.metrics.items())
+        scores = [f"{name.removeprefix('scores/')} {value:.2f}"
+                  for name, value in figures if name.startswith("scores/")]  # fmt: skip
+        lines = [f"**{status}** {', '.join(scores)}", "", *described(self._overview)]
+        lines += ["", f"`{self._tags.get('memseg.command', '')}`", ""]
+        step = max(self._pictures, default=0)
+        for path in self._pictures.get(step, ()):
+            link = f"get-artifact?path={quote(path)}&run_uuid={self.run_id}"
+            lines.append(f'{path}\n\n<img src="{link}" style="max-width: 100%">\n')
+        self._client.set_tag(self.run_id, "mlflow.note.content", "\n".join(lines)[:MAX_NOTE])
 
     def _write_params(self, params: Mapping[str, str], defaults: Collection[str]) -> None:
         """Those that differ from their defaults. MLflow's parameters are written once; what a
@@ -327,8 +334,8 @@ def _read_history(path: str) -> list[Row]:
     return rows
 
 
-def described(overview: Overview, command: str) -> str:
-    """A run's note, as Markdown."""
+def described(overview: Overview) -> list[str]:
+    """Lines of Markdown."""
     lines = [overview.title, ""]
     for row in overview.data:
         slots = f", {row.slots} a step" if row.slots else ""
@@ -337,8 +344,7 @@ def described(overview: Overview, command: str) -> str:
             f"{row.num_present:,} of {row.num_classes:,} classes are present"
         )
     lines += [f"- {name}: {fact}" for name, fact in overview.facts.items()]
-    lines += [f"- **warning** {text}" for text in overview.warnings]
-    return "\n".join([*lines, "", f"`{command}`"])
+    return [*lines, *(f"- **warning** {text}" for text in overview.warnings)]
 
 
 def _metric(name: str) -> str:
@@ -352,11 +358,18 @@ def _shortened(value: str) -> str:
     return value if len(value) <= MAX_VALUE else f"{value[: MAX_VALUE - 3]}..."
 
 
+def run_page(directory: str, uri: str) -> str | None:
+    """The address of a run's page; None if it has none. MLflow opens for traces of language models
+    unless an address says otherwise.
+    """
+    path = f"{directory.rstrip('/')}/{RUN_FILE}"
+    entry = read_json(path) if exists(path) else {}
+    if "experiment_id" not in entry:
+        return None
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    run = f"experiments/{entry['experiment_id']}/runs/{entry['run_id']}"
+    return f"{server}/#/{run}?workflowType=machine_learning"
+
+
 def _key(name: str) -> str:
     return _BAD_CHARACTERS.sub("_", name)[:MAX_KEY]
-
-
-def _key_and_step(path: str) -> tuple[str, int] | None:
-    """MLflow calls the image of key a/b at step 7 images/a~b+step+7+..., once a#b%step%7%..."""
-    match = re.match(r"images/(.+?)[+%]step[+%](\d+)", path)
-    return (re.sub("[~#]", "/", match[1]), int(match[2])) if match else None

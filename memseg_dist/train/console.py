@@ -43,8 +43,8 @@ class StepBar:
         if self._progress is None:
             if not sys.stdout.isatty():
                 return
-            steps, eta = map(TextColumn, ("{task.completed}/{task.total}", "{task.description}"))
-            columns = SpinnerColumn(), steps, BarColumn(), TimeElapsedColumn(), eta
+            texts = map(TextColumn, ("{task.completed}/{task.total}", "{task.description}"))
+            columns = SpinnerColumn(), next(texts), BarColumn(), TimeElapsedColumn(), next(texts)
             self._progress = Progress(*columns, transient=True)
             self._progress.add_task("", total=None)
             self._progress.start()

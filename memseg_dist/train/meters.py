@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 
@@ -159,8 +160,8 @@ def _step_of(line: str) -> float:
         return math.inf  # cut short by a kill
 
 
-_TOLD_BY_THE_RUN = ("name", "storage")
-"""Settings that differ from run to run and say nothing of what it does."""
+_NO_PARAMETER = re.compile(r"name|storage|loader.cache_dir|(sources.+|validation)[.](name|path)")
+"""Settings that say where things lie and what data sets are called, which is told otherwise."""
 
 
 class Recorder:
@@ -179,7 +180,9 @@ class Recorder:
         for line in on_rank_0(self._history.read):
             self._keep(int(line.pop("step")), line)
         if dist.rank() == 0:
-            tracker.log_params(flatten(config), {*defaults(config), *_TOLD_BY_THE_RUN})
+            params = flatten(config)
+            untold = {name for name in params if _NO_PARAMETER.fullmatch(name)}
+            tracker.log_params(params, untold.union(defaults(config)))
             tracker.log_text("config.json", to_json(config))
 
     def __call__(self, step: int, figures: dict[str, float]) -> None:

@@ -88,7 +88,7 @@ def survey(
             "writes": config.directory,
         },
         (
-            *_untaught_classes(config, space, sum(present.values())),
+            *_untaught_classes(config, space, np.sum([*present.values()], axis=0)),
             *_unnamed_classes(config, space, indexes, present),
         ),
     )

@@ -82,7 +82,6 @@ def test_everything_arrives(store, tmp_path):
         (step, step / 10) for step in range(2500)
     ]
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
-        "images",
         "panels",
         "val",
     }
@@ -97,19 +96,20 @@ def test_a_run_says_what_it_is_and_what_came_of_it(store, tmp_path):
     for status in ("stopped", "finished"):  # a restart says it again
         tracker = open_tracker(store, tmp_path, tags={"memseg.command": "python jobs/tiny.py"})
         tracker.begin(overview)
+        tracker.log_image("panels/00", np.zeros((8, 8, 3), np.uint8), 7)
         tracker.log_metrics({"val/miou_all": 42.0}, 7)
         tracker.finish(status)
-    client, run = read(store, tracker)
+    _, run = read(store, tracker)
     assert tracker.num_failures == 0
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("**finished** mIoU all 42.00\n\ntiny: larvseg\n")
     assert "**masks** (masks): 400 images" in note and "no trees" in note
-    assert "`python jobs/tiny.py`" in note
+    assert "`python jobs/tiny.py`" in note and "?path=panels/step-00000007/00.png&" in note
     (found,) = run.inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("masks", "abc")
     assert json.loads(found.dataset.profile)["num_images"] == 400
-    experiment = client.get_experiment_by_name("tests")
-    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?"
+    assert page in on_mlflow.run_page(str(tmp_path), store[0])
 
 
 def test_figures_are_grouped_by_what_they_are():
@@ -152,8 +152,8 @@ def test_a_restart_continues_the_run_and_writes_nothing_twice(store, tmp_path):
     assert [metric.step for metric in late] == [3, 4, 5]
     assert run.data.params["launch.workers"] == "2"
     assert run.data.tags["resumed.launch.workers"] == "2 -> 3"
-    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
-    assert sum(path.endswith(".png") for path in pictures) == 2
+    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "panels")]
+    assert pictures == ["panels/step-00000002", "panels/step-00000005"]
     with open(tmp_path / on_mlflow.RUN_FILE) as file:
         assert json.load(file)["run_id"] == run.info.run_id
 
