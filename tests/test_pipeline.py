@@ -191,7 +191,7 @@ def test_each_stage_goes_on_where_it_was_stopped_or_killed(folder):
         rows = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
         return [row["step"] for row in rows if "loss" in row]
 
-    code, lines = run("step 3 ", signal.SIGTERM)
+    code, lines = run("step   3/300 ", signal.SIGTERM)
     assert code == 0 and not any(line.startswith("stage 2") for line in lines)
     assert steps("toy")[-1] < 300
     code, _ = run("stage 3 of 3: tune", signal.SIGKILL)
@@ -383,4 +383,4 @@ def test_the_pseudo_labels_figures_go_to_the_run_of_their_weights(folder):
     client = mlflow.MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("memseg-dist").experiment_id])
     assert run.info.run_name == "single" and run.info.status == "FINISHED"
-    assert {"label/images", "loss"} <= run.data.metrics.keys()
+    assert {"pseudo labels/images", "losses/all"} <= run.data.metrics.keys()

@@ -40,6 +40,10 @@ class StepBar:
         found = _STEP.match(line)
         if found is None:
             return
+        step, total, eta = int(found[1]), int(found[2]), found[3] or ""
+        if step == total:
+            self.close()
+            return
         if self._progress is None:
             if not sys.stdout.isatty():
                 return
@@ -48,11 +52,8 @@ class StepBar:
             self._progress = Progress(*columns, transient=True)
             self._progress.add_task("", total=None)
             self._progress.start()
-        step, total, eta = int(found[1]), int(found[2]), found[3] or ""
         task = self._progress.task_ids[0]
         self._progress.update(task, completed=step, total=total, description=eta)
-        if step == total:
-            self.close()
 
     def close(self) -> None:
         if self._progress is not None:

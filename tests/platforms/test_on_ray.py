@@ -70,10 +70,10 @@ def test_two_deepspeed_workers_train_to_the_end(cluster, tiny_data, tmp_path):
     client, run = only_run(tmp_path)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
     assert run.data.params["launch.workers"] == "2"
-    assert run.data.metrics["val/miou_all"] == pytest.approx(result["val/miou_all"])
+    assert run.data.metrics["scores/mIoU all"] == pytest.approx(result["val/miou_all"])
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"config.json", "images"} < names  # and the table per class
-    assert list(Path(config.directory, "panels").glob("*.png"))
+    assert {"config.json", "panels", "validation"} <= names
+    assert list(Path(config.directory, "panels").rglob("*.png"))
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp_path):
@@ -110,7 +110,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp
     assert flag.read_text() == "1"
     assert (result["status"], result["step"]) == ("finished", 12)
     client, run = only_run(tmp_path)
-    written = client.get_metric_history(run.info.run_id, "loss")
+    written = client.get_metric_history(run.info.run_id, "losses/all")
     assert [metric.step for metric in written] == list(range(1, 13))
     undisturbed = tiny_run(tiny_data, tmp_path, "undisturbed", steps=12)
     launch(undisturbed)
