@@ -37,8 +37,10 @@ def launch(config: RunConfig) -> dict[str, Any]:
     config = replace(config, resume="auto")  # asked once: restarted workers do go on
     config_json = to_json(config)
     low, high = config.launch.workers_range
-    workers = f"{low}" if low == high else f"{low} to {high}"
-    print(f"{config.name}: starting {workers} workers ({config.launch.launcher})", flush=True)
+    workers = (
+        f"{high} worker{'s' if high > 1 else ''}" if low == high else f"{low} to {high} workers"
+    )
+    print(f"{config.name}: starting {workers} ({config.launch.launcher})", flush=True)
     worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
     if config.launch.launcher == "ray":
         from memseg_dist.platforms import on_ray

@@ -94,7 +94,7 @@ class MlflowTracker(Tracker):
         self._overview: Overview | None = None
         self._client: Any = None
         self._written: dict[str, int] = {}
-        self._pictures: dict[int, list[str]] = {}
+        self._pictures: dict[int, list[str]] = {}  # the newest step's
         self._pending: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_PENDING)
         self._metrics: list[Row] = []
         self._flush_waits = False
@@ -138,9 +138,9 @@ class MlflowTracker(Tracker):
 
         def write() -> None:
             self._client.log_image(self.run_id, image, path)
-            shown = self._pictures.setdefault(step, [])
-            if path not in shown:
-                shown.append(path)
+            if step not in self._pictures:
+                self._pictures = {step: []}
+            self._pictures[step].append(path)
 
         self._put(write)
 
@@ -292,8 +292,7 @@ class MlflowTracker(Tracker):
                   for name, value in figures if name.startswith("scores/")]  # fmt: skip
         lines = [f"**{status}** {', '.join(scores)}", "", *described(self._overview)]
         lines += ["", f"`{self._tags.get('memseg.command', '')}`", ""]
-        step = max(self._pictures, default=0)
-        for path in self._pictures.get(step, ()):
+        for path in itertools.chain(*self._pictures.values()):
             link = f"get-artifact?path={quote(path)}&run_uuid={self.run_id}"
             lines.append(f'{path}\n\n<img src="{link}" style="max-width: 100%">\n')
         self._client.set_tag(self.run_id, "mlflow.note.content", "\n".join(lines)[:MAX_NOTE])

@@ -30,10 +30,13 @@ _STEP = re.compile(r"step +(\d+)/(\d+)(?:.* (ETA \S+))?")
 
 
 class StepBar:
-    """A bar below the lines of a run, on a terminal; nothing elsewhere."""
+    """A bar below the lines of a run, on a terminal, until its last step or `close`; nothing
+    elsewhere.
+    """
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
+        self._is_closed = False
 
     def see(self, line: str) -> None:
         """Moves to the step of a line that begins with `step 500/800`."""
@@ -45,7 +48,7 @@ class StepBar:
             self.close()
             return
         if self._progress is None:
-            if not sys.stdout.isatty():
+            if self._is_closed or not sys.stdout.isatty():
                 return
             texts = map(TextColumn, ("{task.completed}/{task.total}", "{task.description}"))
             columns = SpinnerColumn(), next(texts), BarColumn(), TimeElapsedColumn(), next(texts)
@@ -58,7 +61,7 @@ class StepBar:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._progress = None
+        self._progress, self._is_closed = None, True
 
 
 class ConsoleTracker(Tracker):

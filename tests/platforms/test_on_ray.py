@@ -33,6 +33,24 @@ def cluster():
     ray.shutdown()
 
 
+def test_the_driver_prints_workers_lines_as_they_wrote_them(capsys):
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    from memseg_dist.platforms.on_ray import _readable_output
+
+    noise = "core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' and ID: 'bf' has"
+    data = {"pid": 7, "ip": "here", "localhost": "here", "actor_name": "RayTrainWorker"}
+    dispatcher.add_handler("ray_print_logs", lambda data: print("as Ray prints it"))
+    try:
+        with _readable_output():
+            dispatcher.emit({**data, "is_err": False, "lines": ["step 1/4  25%", noise]})
+            dispatcher.emit({**data, "is_err": True, "lines": [noise, "worker 1: no such file"]})
+    finally:
+        dispatcher.remove_handler("ray_print_logs")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("step 1/4  25%\n", "worker 1: no such file\n")
+
+
 def history(config) -> list[dict]:
     text = Path(config.directory, "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
