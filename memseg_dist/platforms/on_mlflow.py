@@ -149,7 +149,7 @@ class MlflowTracker(Tracker):
 
     def finish(self, status: str) -> None:
         self._put(self._flush)
-        self._put(lambda: self._close(_STATUS[status]))
+        self._put(lambda: self._close(status))
         self._hurry.set()
         try:
             self._pending.put(None, timeout=FINISH_S)
@@ -316,8 +316,8 @@ class MlflowTracker(Tracker):
     def _close(self, status: str) -> None:
         if self._monitor is not None:
             self._monitor.finish()
-        self._write_note(status.lower())
-        self._client.set_terminated(self.run_id, status)
+        self._client.set_terminated(self.run_id, _STATUS[status])
+        self._write_note(status)
 
 
 def _read_history(path: str) -> list[Row]:
