@@ -87,6 +87,11 @@ def test_predict_writes_three_files_per_picture(run, pictures, tmp_path):
         assert labels.mode == "I;16"
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300])
+def test_names_that_no_file_can_have(tmp_path, name):
+    assert repr(name)[1:-1] in fails("data", "verify", tmp_path / name)
+
+
 def test_predict_only_what_was_asked_for(run, pictures, tmp_path):
     arguments = ["--checkpoint", run[1], "--out", tmp_path, "--classes", "Sun, n1"]
     command("predict", pictures / "one.jpg", *arguments)

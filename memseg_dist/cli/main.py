@@ -9,6 +9,7 @@ import tyro
 from tyro.conf import Positional
 from tyro.extras import SubcommandApp
 
+from memseg_dist.checks import require
 from memseg_dist.cli import bank, predict, score
 from memseg_dist.cli.label import label_command
 from memseg_dist.cli.split import split
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Exit status 0 when done, 1 with one readable message, 2 for a wrong command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        for word in arguments:
+            require("\0" not in word, "argument", word, "text without a zero byte")
         commands(arguments).cli(
             prog="memseg",
             description=DESCRIPTION,
@@ -66,5 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None:  # nothing that was named on the command line
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}; give another path")
     except KeyboardInterrupt:
         sys.exit(130)

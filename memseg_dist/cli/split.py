@@ -77,7 +77,7 @@ def split(
         numbers = {size: number_of(size, len(pool.keys)) for size in sizes}
         made = _drawn(pool, numbers, rule or "nested", seeds or (0,))
     else:
-        raise ValueError("give sizes (92 or 1/16), --protocol or --keys")
+        raise ValueError(f"{root}: give sizes of the splits (92 or 1/16), --protocol or --keys")
     if name is not None:
         if len(made) != 1:
             raise ValueError(f"--name {name} is one name for {len(made)} splits: {[*made]}")

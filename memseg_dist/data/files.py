@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec import AbstractFileSystem
 
+from memseg_dist.checks import require
 from memseg_dist.jsonable import parse
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -36,8 +37,11 @@ def is_url(path: str | Path) -> bool:
 
 
 def check_path(path: str | Path) -> str:
-    """The path as text; ValueError for `pipe:`, which would run a shell command."""
+    """The path as text; ValueError for `pipe:`, which would run a shell command, and for what no
+    file system takes.
+    """
     text = str(path)
+    require("\0" not in text, "path", text, "without a zero byte")
     if text.startswith("pipe:"):
         raise ValueError(
             f"refusing {text!r}: a pipe: URL runs a shell command; give a file path or an fsspec "

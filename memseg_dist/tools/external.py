@@ -66,15 +66,17 @@ def index_external(
     if local is None or folder.resolve() != local.resolve():
         whole = root if local is None else str(local.resolve())
         names = [files.join(whole, name) for name in names]
-    highest, keys, unreadable = -1, list[pa.Array](), list[str]()
+    highest, keys = -1, list[pa.Array]()
+    unreadable, without_image = list[str](), list[str]()
 
     def tables() -> Iterator[pa.Table]:
         nonlocal highest
         for name in names:
-            table, problems = _scan(files.join(root, name), name, vocabulary)
+            table, problems, imageless = _scan(files.join(root, name), name, vocabulary)
             highest = max([highest, *pc.list_flatten(table["labels"]).to_pylist()])
             keys.extend(table["key"].chunks)
             unreadable.extend(problems)
+            without_image.extend(imageless)
             yield table
         check_keys(keys, root)
         named = vocabulary or _numbered(Path(root).name, highest + 1)
@@ -85,6 +87,11 @@ def index_external(
         log.warning(
             "%s: %d samples cannot be read, and sources skip or refuse them as their on_corrupt "
             "says; the first is %s", root, len(unreadable), unreadable[0],
+        )  # fmt: skip
+    if without_image:
+        log.warning(
+            "%s: %d keys have labels or a mask but no image (%s), and are left out; the first is "
+            "%s", root, len(without_image), ", ".join(sorted(IMAGE_FORMATS)), without_image[0],
         )  # fmt: skip
     return folder / INDEX_NAME
 
@@ -126,9 +133,13 @@ def _numbered(name: str, num_classes: int) -> Vocabulary:
     )
 
 
-def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> tuple[pa.Table, list[str]]:
-    """The rows of a shard, and what is wrong with those samples that cannot be read."""
-    rows, unreadable = [], []
+def _scan(
+    path: str, name: str, vocabulary: Vocabulary | None
+) -> tuple[pa.Table, list[str], list[str]]:
+    """The rows of a shard, what is wrong with those samples that cannot be read, and where keys
+    are without an image.
+    """
+    rows, unreadable, without_image = [], [], []
     with files.open_binary(path) as stream:
         for key, members in read_members(stream, path):
             where = f"shard {path}, sample {key!r}"
@@ -140,11 +151,13 @@ def _scan(path: str, name: str, vocabulary: Vocabulary | None) -> tuple[pa.Table
                     row = index_row(members, vocabulary, is_readable=False)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
-            if row is not None:
+            if row is None:
+                without_image.append(where)
+            else:
                 rows.append({**row, "key": key, "shard": name})
     if not rows:
         raise ValueError(f"shard {path}: no image member ({sorted(IMAGE_FORMATS)}) in it")
-    return pa.Table.from_pylist(rows, schema=arrow_schema()), unreadable
+    return pa.Table.from_pylist(rows, schema=arrow_schema()), unreadable, without_image
 
 
 Members = dict[str, tuple[int, bytes]]

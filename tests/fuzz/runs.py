@@ -182,7 +182,9 @@ class CommandLine(Kind):
     def is_named(self, message: str) -> bool:
         words = {word.lstrip("-") for word in self.words}
         flags = {word.replace("-", "_") for word in words}
-        return any(word in message or repr(word) in message for word in words | flags if word)
+        paths = {os.path.normpath(self.path / word) for word in words}
+        named = words | flags | paths
+        return any(word in message or repr(word) in message for word in named if word)
 
 
 class Commands(CommandLine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
@@ -61,7 +62,10 @@ class OthersShard(Kind):
         else:
             content, self.what = damage(content, random)
             whole = content
-        self.whole = [key for key, part in parts.items() if part in whole]
+        self.whole = [
+            key for key, part in parts.items()
+            if part in whole and not is_swallowed(content, content.index(part))
+        ]  # fmt: skip
         self.empty_folder("shards")
         self.path.write_bytes(content)
 
@@ -74,6 +78,16 @@ class OthersShard(Kind):
             image = content[rows[key].image_offset :][: rows[key].image_size]
             assert image in members.values() and rows[key].labels == labels and rows[key].width
         return SKIPPED if index.num_unreadable else RIGHT
+
+
+def is_swallowed(archive: bytes, place: int) -> bool:
+    """Whether a header before byte `place` is of a file that goes on beyond it."""
+    for at in range(0, place, tarfile.BLOCKSIZE):
+        with contextlib.suppress(tarfile.HeaderError):
+            header = tarfile.TarInfo.frombuf(archive[at : at + 512], "utf-8", "surrogateescape")
+            if at + tarfile.BLOCKSIZE + header.size > place:
+                return True
+    return False
 
 
 class OwnShard(Kind):

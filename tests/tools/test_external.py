@@ -76,6 +76,13 @@ def test_masks_in_our_form_are_used(tmp_path):
     assert index.labels(0) == tuple(sorted({0, *mask[mask != 65535].tolist()}))
 
 
+def test_labels_without_an_image_are_counted(tmp_path, caplog):
+    make_tar(tmp_path / "0.tar", {"jpg": encoded(0), "cls": b"0"}, {"cls": b"1"}, {"txt": b"x"})
+    assert len(opened(tmp_path)) == 1
+    assert "1 keys have labels or a mask but no image" in caplog.text
+    assert "'dir/001'" in caplog.text
+
+
 def test_an_index_and_a_vocabulary_in_another_folder(tmp_path):
     for number, name in enumerate(("a", "c")):
         make_tar(tmp_path / "in" / f"{name}.tar", {"jpg": encoded(1), "cls": b"5"}, first=number)

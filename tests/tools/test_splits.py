@@ -248,7 +248,7 @@ def test_protocols(root, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), r"give sizes (92 or 1/16), --protocol or --keys"),
+        ((), "give sizes of the splits (92 or 1/16), --protocol or --keys"),
         (("4", "--protocol", "voc"), "--protocol goes without --sizes"),
         (("--protocol", "voc", "--rule", "nested"), "--protocol goes without --rule"),
         (("--keys", "a.txt", "--rule", "nested"), "--keys goes without --rule"),
