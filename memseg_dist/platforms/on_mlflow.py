@@ -294,7 +294,7 @@ class MlflowTracker(Tracker):
         lines += ["", f"`{self._tags.get('memseg.command', '')}`", ""]
         for path in itertools.chain(*self._pictures.values()):
             link = f"get-artifact?path={quote(path)}&run_uuid={self.run_id}"
-            lines.append(f'{path}\n\n<img src="{link}" style="max-width: 100%">\n')
+            lines.append(f'{path}\n\n<img src="{link}" width="100%">\n')
         self._client.set_tag(self.run_id, "mlflow.note.content", "\n".join(lines)[:MAX_NOTE])
 
     def _write_params(self, params: Mapping[str, str], defaults: Collection[str]) -> None:
