@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 import fsspec
 import numpy as np
+from PIL import Image
 
 from memseg_dist.data.files import exists, read_bytes
 from memseg_dist.train.overview import Overview
@@ -39,6 +40,8 @@ MAX_VALUE = 200
 ATTEMPTS, PAUSE_S = 3, 5.0
 MAX_NOTE = 8000
 """Characters of a run's note, MLflow's limit of a tag."""
+NOTE_WIDTH = 1000
+"""Pixels: MLflow cuts off what is wider than its page."""
 FINISH_S = 60.0
 """How long `finish` waits for what is pending."""
 
@@ -94,7 +97,7 @@ class MlflowTracker(Tracker):
         self._overview: Overview | None = None
         self._client: Any = None
         self._written: dict[str, int] = {}
-        self._pictures: dict[int, list[str]] = {}  # the newest step's
+        self._pictures: dict[str, int] = {}  # the step of the newest of each name
         self._pending: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_PENDING)
         self._metrics: list[Row] = []
         self._flush_waits = False
@@ -131,16 +134,16 @@ class MlflowTracker(Tracker):
             self._put(lambda: self._write_note("running"))
 
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """A plain artifact, and in the run's note while it is of the newest step. MLflow's own
-        tiles for images print all parameters above the picture, which nobody sees then.
+        """A plain artifact, and the newest of each name a small copy in the run's note. MLflow's
+        own tiles for images print all parameters above the picture, which nobody sees then.
         """
-        path = picture_path(name, step)
 
         def write() -> None:
-            self._client.log_image(self.run_id, image, path)
-            if step not in self._pictures:
-                self._pictures = {step: []}
-            self._pictures[step].append(path)
+            self._client.log_image(self.run_id, image, picture_path(name, step))
+            small = Image.fromarray(image)
+            small.thumbnail((NOTE_WIDTH, 10 * NOTE_WIDTH))
+            self._client.log_image(self.run_id, small, f"note/{name}.png")
+            self._pictures[name] = step
 
         self._put(write)
 
@@ -292,9 +295,9 @@ class MlflowTracker(Tracker):
                   for name, value in figures if name.startswith("scores/")]  # fmt: skip
         lines = [f"**{status}** {', '.join(scores)}", "", *described(self._overview)]
         lines += ["", f"`{self._tags.get('memseg.command', '')}`", ""]
-        for path in itertools.chain(*self._pictures.values()):
-            link = f"get-artifact?path={quote(path)}&run_uuid={self.run_id}"
-            lines.append(f'{path}\n\n<img src="{link}" width="100%">\n')
+        for name, step in self._pictures.items():
+            link = f"get-artifact?path=note/{quote(name)}.png&run_uuid={self.run_id}&step={step}"
+            lines.append(f"{name}, step {step}\n\n![]({link})\n")
         self._client.set_tag(self.run_id, "mlflow.note.content", "\n".join(lines)[:MAX_NOTE])
 
     def _write_params(self, params: Mapping[str, str], defaults: Collection[str]) -> None:

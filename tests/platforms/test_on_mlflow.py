@@ -82,6 +82,7 @@ def test_everything_arrives(store, tmp_path):
         (step, step / 10) for step in range(2500)
     ]
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
+        "note",
         "panels",
         "val",
     }
@@ -104,7 +105,7 @@ def test_a_run_says_what_it_is_and_what_came_of_it(store, tmp_path):
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("**finished** mIoU all 42.00\n\ntiny: larvseg\n")
     assert "**masks** (masks): 400 images" in note and "no trees" in note
-    assert "`python jobs/tiny.py`" in note and "?path=panels/step-00000007/00.png&" in note
+    assert "`python jobs/tiny.py`" in note and "?path=note/panels/00.png&" in note
     (found,) = run.inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("masks", "abc")
     assert json.loads(found.dataset.profile)["num_images"] == 400
