@@ -75,7 +75,8 @@ class ConsoleTracker(Tracker):
         self._first: tuple[float, int] | None = None
 
     def begin(self, overview: Overview) -> None:
-        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        width = None if sys.stdout.isatty() else WIDTH
+        console = Console(width=width, markup=False, highlight=False)
         console.print(rendered(overview))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
