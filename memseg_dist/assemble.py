@@ -56,7 +56,7 @@ def build_method(
         config.active_sources,
         label_space,
         config.backbone,
-        scored=_scored_classes(config, label_space),
+        scored=scored_classes(config, label_space),
         num_steps=config.steps,
         seed=config.seed,
         device=device,
@@ -88,7 +88,7 @@ def set_kernels(engine: EngineConfig, device: torch.device | str) -> None:
         torch.backends.cudnn.benchmark = bool(engine.cudnn_benchmark)
 
 
-def _scored_classes(config: RunConfig, label_space: LabelSpace) -> np.ndarray | None:
+def scored_classes(config: RunConfig, label_space: LabelSpace) -> np.ndarray | None:
     """Label-space ids that the validation scores."""
     if config.validation is None:
         return None

@@ -187,12 +187,14 @@ class EngineConfig:
     in an order of their own."""
 
     def on(self, device: torch.device | str) -> EngineConfig:
-        """The same with what is None decided for `device`: all that is fast on CUDA, else none."""
+        """The same with what is None decided for `device`: all that is fast on CUDA, what is
+        exact elsewhere.
+        """
         is_cuda = torch.device(device).type == "cuda"
         fast: dict[str, Any] = dict.fromkeys(
             ("tf32", "channels_last", "cudnn_benchmark", "fused_optimizer"), is_cuda
         )
-        fast["precision"] = "bf16" if is_cuda else "fp32"
+        fast |= {"precision": "bf16" if is_cuda else "fp32", "ordered_sums": not is_cuda}
         undecided = {name: value for name, value in fast.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **undecided)
 
@@ -243,8 +245,8 @@ class TrackingConfig:
     """Where figures and pictures go. A tracking failure never stops training."""
 
     kind: Literal["mlflow", "console", "none"] = "mlflow"
-    """mlflow: MLflow, standard output and the run's directory; console: without MLflow; none:
-    nowhere."""
+    """Standard output and metrics.jsonl have the figures in any case. console: pictures and tables
+    go to the run's directory; mlflow: to MLflow too; none: to nowhere."""
     uri: str | None = None
     """MLflow tracking URI; by default sqlite:///STORAGE/mlflow.db."""
     experiment: str = "memseg-dist"

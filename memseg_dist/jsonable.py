@@ -75,6 +75,35 @@ def flatten(config: Any) -> dict[str, str]:
     return {key: str(value) for key, value in sorted(leaves(config))}
 
 
+def defaults(config: Any, usual: Any = None, prefix: str = "") -> Iterator[str]:
+    """The keys of `leaves` whose values are the defaults of their dataclasses; usual: the instance
+    that is the default of this one as a whole.
+    """
+    for field in dataclasses.fields(config):
+        key = f"{prefix}.{field.name}" if prefix else field.name
+        value = getattr(config, field.name)
+        default = _default(field) if usual is None else getattr(usual, field.name)
+        if value == default and not (field.name == "kind" and usual is None):
+            yield from (f"{key}{rest}" for rest, _ in _below(value))
+        elif dataclasses.is_dataclass(value):
+            same = default if type(default) is type(value) else None
+            yield from defaults(value, same, key)
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            for index, part in enumerate(value):
+                yield from defaults(part, None, f"{key}.{getattr(part, 'name', index)}")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _below(value: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of a value by what their keys add to its own."""
+    return ((f".{key}" if key else "", leaf) for key, leaf in leaves(value))
+
+
 def _decode(kind: Any, value: Any, key: str, where: str) -> Any:
     """`value` as JSON gives it -> an instance of the annotation `kind`."""
     origin, arguments = get_origin(kind), get_args(kind)

@@ -19,11 +19,13 @@ from memseg_dist.platforms import local
 from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pictures.draw import draw_validation
+from memseg_dist.train.console import ConsoleTracker
 from memseg_dist.train.engine import EngineFactory, TorchEngine
 from memseg_dist.train.lease import holding
 from memseg_dist.train.loop import checkpoints_to_resume, train
-from memseg_dist.train.platform import ConsoleTracker, Context, Tracker, Trackers
-from memseg_dist.train.storage import make_writable
+from memseg_dist.train.overview import survey
+from memseg_dist.train.platform import Context, Tracker, Trackers
+from memseg_dist.train.storage import make_writable, on_rank_0
 
 
 def launch(config: RunConfig) -> dict[str, Any]:
@@ -42,13 +44,21 @@ def launch(config: RunConfig) -> dict[str, Any]:
         if config.launch.launcher == "ray":
             from memseg_dist.platforms import on_ray
 
+            _announce(config.name, *config.launch.workers_range, "on Ray")
             result = on_ray.run(worker, config_json, config)
         else:
             gpu, timeout_s = config.launch.use_gpu, config.launch.timeout_s
             workers = local.fitting_workers(config.launch.workers_range, gpu)
+            _announce(config.name, workers, workers, "on this machine")
             result = local.run(worker, config_json, workers, gpu, timeout_s)
     print(where_things_are(config), flush=True)
     return result
+
+
+def _announce(name: str, least: int, most: int, where: str) -> None:
+    """Starting takes a while, without a word from the workers."""
+    number = str(most) if least == most else f"{least} to {most}"
+    print(f"{name}: starting {number} worker{'s' if most > 1 else ''} {where}", flush=True)
 
 
 def run_worker(
@@ -61,7 +71,13 @@ def run_worker(
     ensure_indexed(
         [*paths, config.validation.path] if config.validation else paths, config.cache_directory
     )
+    overview = on_rank_0(
+        lambda: survey(
+            config, context.device, context.size, next(iter(checkpoints_to_resume(config)), None)
+        )
+    )
     tracker = build_tracker(config, tags) if context.rank == 0 else Tracker()
+    tracker.begin(overview)
     return train(config, context, tracker, engine_factory(config), draw_validation)
 
 
@@ -75,9 +91,10 @@ def engine_factory(config: RunConfig) -> EngineFactory:
 
 def build_tracker(config: RunConfig, tags: Mapping[str, str]) -> Tracker:
     """What rank 0 writes to; figures to standard output and pictures to the run directory too."""
+    trackers: list[Tracker] = [ConsoleTracker(config)]
     if config.tracking.kind == "none":
-        return Tracker()
-    trackers: list[Tracker] = [ConsoleTracker(), FolderTracker(config.directory)]
+        return trackers[0]
+    trackers.append(FolderTracker(config.directory))
     if config.tracking.kind == "mlflow":
         trackers.append(build_mlflow(config, tags))
     return Trackers(trackers)
@@ -127,11 +144,19 @@ def where_things_are(config: RunConfig) -> str:
     lines = [f"run         {config.directory}"]
     if config.validation is not None and config.tracking.kind != "none":
         lines.append(f"overlays    {config.directory}/panels")
+    lines.append(f"figures     {config.directory}/metrics.jsonl")
     if config.tracking.kind == "mlflow":
-        lines.append(f"figures     mlflow ui --backend-store-uri {tracking_uri(config)}")
+        lines.append(f"            mlflow ui --backend-store-uri {tracking_uri(config)}")
+        lines.append(f"            {mlflow_page(config)}")
     if "runtime_resources/working_dir_files" in config.storage:
         lines.append("attention   this directory vanishes with the Ray job; use --storage")
     return "\n".join(lines)
+
+
+def mlflow_page(config: RunConfig) -> str:
+    from memseg_dist.platforms.on_mlflow import run_page
+
+    return run_page(config.directory, tracking_uri(config)) or "(MLflow has no page of this run)"
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -196,7 +196,7 @@ def test_each_stage_goes_on_where_it_was_stopped_or_killed(folder):
         rows = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
         return [row["step"] for row in rows if "loss" in row]
 
-    code, lines = run("step 3 ", signal.SIGTERM)
+    code, lines = run("step   3/300 ", signal.SIGTERM)
     assert code == os.EX_TEMPFAIL and not any(line.startswith("stage 2") for line in lines)
     assert lines[-1] == "stopped; the same command goes on where it was\n"
     assert not any("Traceback" in line for line in lines)
@@ -397,4 +397,4 @@ def test_the_pseudo_labels_figures_go_to_the_run_of_their_weights(folder):
     client = mlflow.MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("memseg-dist").experiment_id])
     assert run.info.run_name == "single" and run.info.status == "FINISHED"
-    assert {"label/images", "loss"} <= run.data.metrics.keys()
+    assert {"pseudo labels/images", "losses/all"} <= run.data.metrics.keys()

@@ -6,6 +6,8 @@ Three int64 vectors of K are kept, never a K x K matrix; ranks add theirs once, 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -72,7 +74,8 @@ class GroupScore:
 @dataclass(frozen=True, slots=True)
 class SegmentationScores:
     """`groups` has all; base and novel if classes are so marked; head, common and tail if counts
-    of training images are known for all classes. `pixel_accuracy` is in 0..1."""
+    of training images are known for all classes, and these are not all of one bucket.
+    `pixel_accuracy` is in 0..1."""
 
     groups: dict[str, GroupScore]
     classes: tuple[ClassScore, ...]
@@ -101,13 +104,26 @@ class SegmentationScores:
 
     def class_table(self) -> str:
         """One line per class, the best first, absent classes last."""
-        rows = sorted(self.classes, key=lambda row: (math.isnan(row.iou), -row.iou, row.name))
         lines = [f"{'class':<28} {'group':<6} {'IoU':>6} {'pixels':>12}  uid"]
-        for row in rows:
+        for row in self._best_first():
             iou = "-" if math.isnan(row.iou) else f"{100 * row.iou:.2f}"
             name, group = row.name[:28], row.group or ""
             lines.append(f"{name:<28} {group:<6} {iou:>6} {row.pixels:>12}  {row.uid}")
         return "\n".join(lines)
+
+    def class_csv(self) -> str:
+        """One line per class as in `class_table`, IoU in 0..100; it is empty for absent classes."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["class", "group", "IoU", "pixels", "predicted pixels", "bucket", "uid"])
+        for row in self._best_first():
+            iou = "" if math.isnan(row.iou) else f"{100 * row.iou:.2f}"
+            pixels = row.pixels, row.predicted_pixels
+            writer.writerow([row.name, row.group or "", iou, *pixels, row.bucket or "", row.uid])
+        return file.getvalue()
+
+    def _best_first(self) -> list[ClassScore]:
+        return sorted(self.classes, key=lambda row: (math.isnan(row.iou), -row.iou, row.name))
 
 
 class SegmentationMetrics:
@@ -173,7 +189,8 @@ class SegmentationMetrics:
         if any(row.group is not None for row in rows):
             for name in ("base", "novel"):
                 groups[name] = group_score([row for row in rows if row.group == name])
-        if all(row.bucket is not None for row in rows):
+        buckets = {row.bucket for row in rows}
+        if None not in buckets and len(buckets) > 1:  # the only one would repeat All
             for name in ("head", "common", "tail"):
                 groups[name] = group_score([row for row in rows if row.bucket == name])
         num_pixels = int(target.sum())

@@ -39,6 +39,8 @@ class MethodConfig:
     """The table by which JSON finds the class of a `kind`; see `methods.kinds.register`."""
     kind: str
     """Name of the method; the job chooses it."""
+    labels_name_all: ClassVar[bool] = False
+    """Whether image labels are taken to name whatever is large in the image."""
 
     def build(self, setup: Setup) -> Method:
         """The method with fresh weights, drawn from torch's global generator."""

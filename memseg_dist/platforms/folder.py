@@ -8,11 +8,11 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from memseg_dist.train.platform import Tracker
+from memseg_dist.train.platform import Tracker, picture_path
 
 
 class FolderTracker(Tracker):
-    """log_image("panels/00", ..., 100) -> DIRECTORY/panels/00-step-00000100.png; texts by name."""
+    """log_image("panels/00", ..., 100) -> DIRECTORY/panels/step-00000100/00.png; texts by name."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory.rstrip("/")
@@ -21,7 +21,7 @@ class FolderTracker(Tracker):
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
-        self._write(f"{name}-step-{step:08d}.png", buffer.getvalue())
+        self._write(picture_path(name, step), buffer.getvalue())
 
     def log_text(self, name: str, text: str) -> None:
         self._write(name, text.encode())

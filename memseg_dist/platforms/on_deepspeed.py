@@ -32,7 +32,6 @@ from memseg_dist.train import optim
 from memseg_dist.train.engine import (
     EngineState,
     host_weights,
-    is_in_order,
     load_weights,
     loss_weight,
     slot_forward,
@@ -94,7 +93,8 @@ class DeepSpeedEngine:
         # ZeRO gives them the shape they started with after every step
         self._scalars = [parameter for parameter in method.parameters() if parameter.ndim == 0]
         self._reshape_scalars((1,))
-        fused = bool(config.engine.on(device).fused_optimizer)
+        settings = config.engine.on(device)
+        fused, in_order = bool(settings.fused_optimizer), bool(settings.ordered_sums)
         self._engine, *_ = deepspeed.initialize(
             model=method,
             optimizer=optim.build_optimizer(method, config.optimizer, fused=fused),
@@ -118,7 +118,7 @@ class DeepSpeedEngine:
         optim.initialise_state(self._optimizer, config.optimizer, held)
         if self._is_sharded:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        self._gradients = GradientSum([*self._named.values()], in_order=is_in_order(config, device))
+        self._gradients = GradientSum([*self._named.values()], in_order=in_order)
         self._local_backwards = ExitStack()
         self._is_accumulating = False
 

@@ -15,22 +15,33 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 import numpy as np
+from PIL import Image
 
 from memseg_dist.data.files import exists, read_bytes
-from memseg_dist.train.platform import Tracker
+from memseg_dist.train.overview import Overview
+from memseg_dist.train.platform import Tracker, picture_path
 from memseg_dist.train.storage import read_json
+from memseg_dist.train.validate import EVALUATION
 
 RUN_FILE = "mlflow_run.json"
 MAX_PENDING = 10_000
 """Entries that wait to be written; further ones are dropped and counted."""
-MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_KEY = 1000, 100, 6000, 250
+MAX_METRICS, MAX_PARAMS, MAX_KEY = 1000, 100, 250
 """MLflow's limits: per call, and in characters."""
+MAX_VALUE = 200
+"""Characters of a parameter's value: a page shows them all. config.json has the whole."""
 ATTEMPTS, PAUSE_S = 3, 5.0
+MAX_NOTE = 8000
+"""Characters of a run's note, MLflow's limit of a tag."""
+NOTE_WIDTH = 1000
+"""Pixels: MLflow cuts off what is wider than its page."""
 FINISH_S = 60.0
 """How long `finish` waits for what is pending."""
 
@@ -39,6 +50,15 @@ Row = tuple[str, float, int, int]
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _BAD_CHARACTERS = re.compile(r"[^\w\-. /:]")
+_GROUPS = {
+    **dict.fromkeys(("images_per_second", "step_seconds", "data_wait_share"), "speed"),
+    **dict.fromkeys(("lr", "grad_norm"), "optimizer"),
+    "skipped_samples": "speed",
+    "loss": "losses",
+    "val": "scores",
+    "label": "pseudo labels",
+}
+"""Heading of a figure's chart by the first part of its name; by default that part itself."""
 
 
 class MlflowTracker(Tracker):
@@ -74,9 +94,10 @@ class MlflowTracker(Tracker):
         self._artifacts, self._tags = artifacts, dict(tags or {})
         self._history, self._wants_system_metrics = history, system_metrics
         self._monitor: Any = None
+        self._overview: Overview | None = None
         self._client: Any = None
         self._written: dict[str, int] = {}
-        self._images: set[tuple[str, int] | None] = set()
+        self._pictures: dict[str, int] = {}  # the step of the newest of each name
         self._pending: queue.Queue[Callable[[], None] | None] = queue.Queue(MAX_PENDING)
         self._metrics: list[Row] = []
         self._flush_waits = False
@@ -91,12 +112,15 @@ class MlflowTracker(Tracker):
 
     # called by the training loop
 
-    def log_params(self, params: Mapping[str, str]) -> None:
-        self._put(lambda: self._write_params(params))
+    def begin(self, overview: Overview) -> None:
+        self._put(lambda: self._write_overview(overview))
+
+    def log_params(self, params: Mapping[str, str], defaults: Collection[str] = ()) -> None:
+        self._put(lambda: self._write_params(params, defaults))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        rows = [(_key(name), float(value), now, step) for name, value in metrics.items()]
+        rows = [(_metric(name), float(value), now, step) for name, value in metrics.items()]
         with self._lock:
             self._metrics += rows
             excess = len(self._metrics) - MAX_PENDING
@@ -106,13 +130,20 @@ class MlflowTracker(Tracker):
             is_waiting, self._flush_waits = self._flush_waits, True
         if not is_waiting:
             self._put(self._flush)
+        if any(name.startswith(EVALUATION) for name in metrics):
+            self._put(lambda: self._write_note("running"))
 
     def log_image(self, name: str, image: np.ndarray, step: int) -> None:
-        key = _key(name)
+        """A plain artifact, and the newest of each name a small copy in the run's note. MLflow's
+        own tiles for images print all parameters above the picture, which nobody sees then.
+        """
 
         def write() -> None:
-            if (key, step) not in self._images:
-                self._client.log_image(self.run_id, image, key=key, step=step)
+            self._client.log_image(self.run_id, image, picture_path(name, step))
+            small = Image.fromarray(image)
+            small.thumbnail((NOTE_WIDTH, 10 * NOTE_WIDTH))
+            self._client.log_image(self.run_id, small, f"note/{name}.png")
+            self._pictures[name] = step
 
         self._put(write)
 
@@ -121,7 +152,7 @@ class MlflowTracker(Tracker):
 
     def finish(self, status: str) -> None:
         self._put(self._flush)
-        self._put(lambda: self._close(_STATUS[status]))
+        self._put(lambda: self._close(status))
         self._hurry.set()
         try:
             self._pending.put(None, timeout=FINISH_S)
@@ -189,14 +220,13 @@ class MlflowTracker(Tracker):
             run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
             run_id = run.info.run_id
             with fsspec.open(self._run_file, "w", auto_mkdir=True) as file:
-                json.dump({"run_id": run_id, "tracking_uri": self._uri}, file)
+                entry = {"run_id": run_id, "experiment_id": run.info.experiment_id}
+                json.dump({**entry, "tracking_uri": self._uri}, file)
         else:
             run = self._client.get_run(run_id)
             self._client.update_run(run_id, status="RUNNING")
             for metric in run.data._metric_objs:  # the last step of each; a history can be huge
                 self._written[metric.key] = metric.step
-            names = (item.path for item in self._client.list_artifacts(run_id, "images"))
-            self._images = {_key_and_step(name) for name in names}
         for key, value in self._tags.items():
             self._client.set_tag(run_id, key, value)
         self.run_id = run_id
@@ -253,13 +283,49 @@ class MlflowTracker(Tracker):
             self._client.log_batch(self.run_id, metrics=[Metric(*row) for row in part])
             self._written.update({key: step for key, _, _, step in part})
 
-    def _write_params(self, params: Mapping[str, str]) -> None:
-        """MLflow's parameters are written once; what a restart changed becomes a tag."""
+    def _write_overview(self, overview: Overview) -> None:
+        """The run's note, and its data sets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        self._overview = overview
+        inputs = []
+        for row in overview.data:
+            what = {key: value for key, value in asdict(row).items() if key.startswith("num_")}
+            store = row.path.partition("://")[0] if "://" in row.path else "local"
+            source, profile = json.dumps({"uri": row.path}), json.dumps(what)
+            inputs.append(
+                DatasetInput(
+                    Dataset(row.name, row.fingerprint, store, source, profile=profile),
+                    [InputTag("mlflow.data.context", row.teaches)],
+                )
+            )
+        self._client.log_inputs(self.run_id, datasets=inputs)
+        self._write_note("running")
+
+    def _write_note(self, status: str) -> None:
+        """What came of the run so far, what it is, and the newest pictures."""
+        if self._overview is None:
+            return
+        figures = sorted(self._client.get_run(self.run_id).data.metrics.items())
+        scores = [f"{name.removeprefix('scores/')} {value:.2f}"
+                  for name, value in figures if name.startswith("scores/")]  # fmt: skip
+        lines = [f"**{status}** {', '.join(scores)}", "", *described(self._overview)]
+        lines += ["", f"`{self._tags.get('memseg.command', '')}`", ""]
+        for name, step in self._pictures.items():
+            link = f"get-artifact?path=note/{quote(name)}.png&run_uuid={self.run_id}&step={step}"
+            lines.append(f"{name}, step {step}\n\n![]({link})\n")
+        self._client.set_tag(self.run_id, "mlflow.note.content", "\n".join(lines)[:MAX_NOTE])
+
+    def _write_params(self, params: Mapping[str, str], defaults: Collection[str]) -> None:
+        """Those that differ from their defaults. MLflow's parameters are written once; what a
+        restart changed becomes a tag.
+        """
         from mlflow.entities import Param
 
         known = self._client.get_run(self.run_id).data.params
-        params = {_key(name): str(value)[:MAX_VALUE] for name, value in params.items()}
-        new = [Param(name, value) for name, value in params.items() if name not in known]
+        changed = [_key(name) for name in params if name not in defaults]
+        params = {_key(name): _shortened(str(value)) for name, value in params.items()}
+        new = [Param(name, params[name]) for name in changed if name not in known]
         for start in range(0, len(new), MAX_PARAMS):
             self._client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS])
         for name, value in params.items():
@@ -269,7 +335,8 @@ class MlflowTracker(Tracker):
     def _close(self, status: str) -> None:
         if self._monitor is not None:
             self._monitor.finish()
-        self._client.set_terminated(self.run_id, status)
+        self._client.set_terminated(self.run_id, _STATUS[status])
+        self._write_note(status)
 
 
 def _read_history(path: str) -> list[Row]:
@@ -281,15 +348,46 @@ def _read_history(path: str) -> list[Row]:
         if line.endswith("\n"):
             figures = json.loads(line)
             step = figures.pop("step")
-            rows += [(_key(name), float(value), now, step) for name, value in figures.items()]
+            rows += [(_metric(name), float(value), now, step) for name, value in figures.items()]
     return rows
+
+
+def described(overview: Overview) -> list[str]:
+    """Lines of Markdown."""
+    lines = [overview.title, ""]
+    for row in overview.data:
+        slots = f", {row.slots} a step" if row.slots else ""
+        lines.append(
+            f"- data **{row.name}** ({row.teaches}): {row.num_images:,} images{slots}; "
+            f"{row.num_present:,} of {row.num_classes:,} classes are present"
+        )
+    lines += [f"- {name}: {fact}" for name, fact in overview.facts.items()]
+    return [*lines, *(f"- **warning** {text}" for text in overview.warnings)]
+
+
+def _metric(name: str) -> str:
+    """`loss/masks/seg` -> `losses/masks seg`: one group of charts for all that is before a "/"."""
+    first, _, rest = name.partition("/")
+    readable = (rest or ("all" if first == "loss" else first)).replace("/", " ").replace("_", " ")
+    return _key(f"{_GROUPS.get(first, first)}/{readable.replace('miou', 'mIoU')}")
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= MAX_VALUE else f"{value[: MAX_VALUE - 3]}..."
+
+
+def run_page(directory: str, uri: str) -> str | None:
+    """The address of a run's page; None if it has none. MLflow opens for traces of language models
+    unless an address says otherwise.
+    """
+    path = f"{directory.rstrip('/')}/{RUN_FILE}"
+    entry = read_json(path) if exists(path) else {}
+    if "experiment_id" not in entry:
+        return None
+    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    run = f"experiments/{entry['experiment_id']}/runs/{entry['run_id']}"
+    return f"{server}/#/{run}?workflowType=machine_learning"
 
 
 def _key(name: str) -> str:
     return _BAD_CHARACTERS.sub("_", name)[:MAX_KEY]
-
-
-def _key_and_step(path: str) -> tuple[str, int] | None:
-    """MLflow calls the image of key a/b at step 7 images/a~b+step+7+..., once a#b%step%7%..."""
-    match = re.match(r"images/(.+?)[+%]step[+%](\d+)", path)
-    return (re.sub("[~#]", "/", match[1]), int(match[2])) if match else None

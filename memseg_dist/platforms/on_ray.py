@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -27,6 +28,8 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private.worker import print_to_stdstream
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.train.torch import TorchConfig, get_device
 from ray.train.v2._internal import constants
@@ -38,6 +41,7 @@ from memseg_dist import dist
 from memseg_dist.config import LaunchConfig, RunConfig
 from memseg_dist.platforms import process
 from memseg_dist.platforms.process import Failure, RunFailed, WorkerError
+from memseg_dist.train.console import StepBar
 from memseg_dist.train.platform import Context
 
 Worker = Callable[[str, Context], dict[str, Any]]
@@ -45,6 +49,9 @@ Worker = Callable[[str, Context], dict[str, Any]]
 PACKAGE = Path(__file__).resolve().parents[1]
 TEARDOWN_S = 600.0
 """How long a worker that was told to leave waits for Ray to take it down."""
+
+_NO_FAILURE = re.compile("Actor with class name: 'PreemptionWatcher'")
+"""Errors that Ray logs of itself in every run that goes well."""
 
 
 class RayContext:
@@ -108,7 +115,7 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
         ),
     )
     try:
-        with _helpers_find_this_cluster():
+        with _helpers_find_this_cluster(), _readable_output():
             result = _fit(trainer, stop_key)
     except TrainingFailedError as error:
         raise RunFailed(_text_of(error)) from None
@@ -155,10 +162,34 @@ def _helpers_find_this_cluster() -> Iterator[None]:
             os.environ["RAY_ADDRESS"] = before
 
 
+@contextmanager
+def _readable_output() -> Iterator[None]:
+    """Prints the workers' lines as they wrote them, without what only reads like a failure; a bar
+    below them on a terminal.
+    """
+    bar = StepBar()
+
+    def show(data: dict[str, Any]) -> None:
+        lines = [line for line in data["lines"] if not _NO_FAILURE.search(line)]
+        print_to_stdstream({**data, "lines": lines}, ignore_prefix=True)
+        for line in lines:
+            bar.see(line)
+
+    handlers = global_worker_stdstream_dispatcher.handlers
+    if "ray_print_logs" in dict(handlers):
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+        global_worker_stdstream_dispatcher.add_handler("ray_print_logs", show)
+    try:
+        yield
+    finally:
+        bar.close()
+
+
 def connect(config: RunConfig) -> None:
     """Joins the named cluster, or starts one here that is large enough for the run."""
     if ray.is_initialized():
         return
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says it is on
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.launch.address or os.environ.get("RAY_ADDRESS")
     if address is None:

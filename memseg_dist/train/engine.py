@@ -80,12 +80,6 @@ def loss_weight(clock: Clock) -> float:
     return 0.0 if clock.idle else 1.0 / clock.num_slots
 
 
-def is_in_order(config: RunConfig, device: torch.device) -> bool:
-    """Whether gradients are added up in the order of the slots."""
-    asked = config.engine.ordered_sums
-    return device.type == "cpu" if asked is None else asked
-
-
 def load_weights(method: Method, weights: Mapping[str, Tensor]) -> None:
     """ValueError naming what does not fit."""
     try:
@@ -110,11 +104,11 @@ class TorchEngine:
 
     def __init__(self, method: Method, config: RunConfig, device: torch.device) -> None:
         self.method, self.config, self.device = method, config, device
-        fused = bool(config.engine.on(device).fused_optimizer)
+        settings = config.engine.on(device)
+        fused, in_order = bool(settings.fused_optimizer), bool(settings.ordered_sums)
         self.optimizer = optim.build_optimizer(method, config.optimizer, fused=fused)
         self._named = optim.trainable(method)
         optim.initialise_state(self.optimizer, config.optimizer, [*self._named.values()])
-        in_order = is_in_order(config, device)
         self._gradients = GradientSum([*self._named.values()], in_order=in_order)
 
     def __call__(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 
@@ -14,7 +15,7 @@ from memseg_dist import dist
 from memseg_dist.batch import Batch, Clock
 from memseg_dist.config import RunConfig, to_json
 from memseg_dist.data.files import exists, is_url, join, read_bytes
-from memseg_dist.jsonable import flatten
+from memseg_dist.jsonable import defaults, flatten
 from memseg_dist.train.platform import Context, Tracker
 from memseg_dist.train.storage import on_rank_0, replace_file
 from memseg_dist.train.validate import EVALUATION
@@ -154,6 +155,10 @@ def _step_of(line: str) -> float:
         return math.inf  # cut short by a kill
 
 
+_NO_PARAMETER = re.compile(r"name|storage|loader.cache_dir|(sources.+|validation)[.](name|path)")
+"""Settings that say where things lie and what data sets are called, which is told otherwise."""
+
+
 class Recorder:
     """Figures on their way out: history file and tracker (rank 0), launcher (all ranks).
 
@@ -170,7 +175,9 @@ class Recorder:
         for line in on_rank_0(self._history.read):
             self._keep(int(line.pop("step")), line)
         if dist.rank() == 0:
-            tracker.log_params(flatten(config))
+            params = flatten(config)
+            untold = {name for name in params if _NO_PARAMETER.fullmatch(name)}
+            tracker.log_params(params, untold.union(defaults(config)))
             tracker.log_text("config.json", to_json(config))
 
     def __call__(self, step: int, figures: dict[str, float]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from memseg_dist.train.overview import Overview
 
 
 class Context(Protocol):
@@ -37,8 +40,11 @@ class Tracker:
     No call raises on a tracking failure.
     """
 
-    def log_params(self, params: Mapping[str, str]) -> None:
-        """The run's settings, flat."""
+    def begin(self, overview: Overview) -> None:
+        """What the run is, before its first step."""
+
+    def log_params(self, params: Mapping[str, str], defaults: Collection[str] = ()) -> None:
+        """The run's settings, flat. defaults: the names of those that nobody changed."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Figures of one step by name."""
@@ -53,15 +59,10 @@ class Tracker:
         """status: finished (all steps done), stopped (will be resumed) or failed."""
 
 
-class ConsoleTracker(Tracker):
-    """One line per call of `log_metrics`, on standard output."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"step {step}  {figures}", flush=True)
-
-    def finish(self, status: str) -> None:
-        print(f"run {status}", flush=True)
+def picture_path(name: str, step: int) -> str:
+    """Where a run keeps the picture `panels/00` of a step: `panels/step-00000800/00.png`."""
+    group, _, rest = name.partition("/")
+    return f"{group}/step-{step:08d}/{rest.replace('/', ' ')}.png"
 
 
 class Trackers(Tracker):
@@ -70,9 +71,13 @@ class Trackers(Tracker):
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = tuple(trackers)
 
-    def log_params(self, params: Mapping[str, str]) -> None:
+    def begin(self, overview: Overview) -> None:
         for tracker in self.trackers:
-            tracker.log_params(params)
+            tracker.begin(overview)
+
+    def log_params(self, params: Mapping[str, str], defaults: Collection[str] = ()) -> None:
+        for tracker in self.trackers:
+            tracker.log_params(params, defaults)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         for tracker in self.trackers:

@@ -13,7 +13,7 @@ from memseg_dist.data.loader import EvalDataset
 from memseg_dist.data.pairs import image_counts
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.calibration import calibration_errors
-from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes
+from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes, image_count
 from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.methods.method import Method
 from memseg_dist.train.platform import Tracker
@@ -68,6 +68,9 @@ class Validator:
     def __call__(self, method: Method, tracker: Tracker, step: int) -> dict[str, float]:
         """All / Base / Novel mIoU and more; table and pictures logged. Collective."""
         settings = self.settings
+        if dist.rank() == 0:
+            num_images = image_count(self.dataset, settings.max_images)
+            print(f"evaluating {num_images:,} images", flush=True)
         charts, class_vectors = method.charts(), method.class_vectors()
         result = evaluate(
             method,
@@ -77,6 +80,7 @@ class Validator:
             inference=self.inference,
             max_images=settings.max_images,
             num_processes=self.config.loader.processes,
+            show_progress=False,  # it would write over the bar of the run
         )
         if dist.rank() == 0 and self.draw is not None:
             pictures = self.draw(
@@ -101,7 +105,6 @@ class Validator:
         )
         dist.barrier()
         if dist.rank() == 0:
-            text = f"{result.table()}\n\n{result.scores.class_table()}\n"
-            tracker.log_text(f"validation/step-{step:08d}.txt", text)
+            tracker.log_text(f"validation/step-{step:08d}.csv", result.scores.class_csv())
         calibration = {f"{EVALUATION}ece/{name}": error for name, error in errors.items()}
         return result.scores.metrics(prefix=EVALUATION) | calibration

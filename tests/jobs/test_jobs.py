@@ -447,10 +447,10 @@ def test_smoke(job, monkeypatch, tmp_path, capsys, name):
     assert len(segmenter) == (name == "rca_scenes")
     if name == "rca_scenes":
         assert (run / "labels" / "index.parquet").exists()
-        assert any((run / "labels" / "panels").glob("*.png"))
+        assert any((run / "labels" / "panels").rglob("*.png"))
         assert "mIoU" in printed
     assert (run / "backbone.safetensors").exists() == (name == "pretrain_scenes")
-    assert any((run / "panels").glob("*.png")) != (name == "pretrain_scenes")
+    assert any((run / "panels").rglob("*.png")) != (name == "pretrain_scenes")
 
 
 @pytest.mark.slow

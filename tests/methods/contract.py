@@ -157,7 +157,8 @@ class StepContract:
             for name, loss in losses.items():
                 assert loss.shape == () and torch.isfinite(loss), name
             sum(losses.values()).backward()
-            seen[batch.source] = set(losses)
+            names = seen.setdefault(batch.source, set(losses))
+            assert names == set(losses)  # in every slot, so that their shares add up to the loss
         assert seen == self.losses
         gradients = [p.grad for p in method.parameters() if p.grad is not None]
         assert any(gradient.abs().max() > 0 for gradient in gradients)

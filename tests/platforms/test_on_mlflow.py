@@ -15,6 +15,7 @@ mlflow = pytest.importorskip("mlflow")
 
 from memseg_dist.platforms import on_mlflow  # noqa: E402
 from memseg_dist.platforms.on_mlflow import MlflowTracker  # noqa: E402
+from memseg_dist.train.overview import DataSet, Overview  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def read(store, tracker):
 def test_everything_arrives(store, tmp_path):
     tracker = open_tracker(store, tmp_path, tags={"mlflow.source.git.commit": "abc123"})
     many = {f"group.{index}": str(index) for index in range(250)}
-    tracker.log_params({**many, "long": "x" * 9000, "odd(key)": "y"})
+    tracker.log_params({**many, "long": "x" * 9000, "odd(key)": "y", "usual": "z"}, {"usual"})
     for step in range(2500):
         tracker.log_metrics({"loss/masks/seg": step / 10, "lr": 0.1}, step)
     tracker.log_metrics({"val/miou_novel": float("nan")}, 2500)
@@ -75,15 +76,54 @@ def test_everything_arrives(store, tmp_path):
     assert run.info.status == "FINISHED"
     assert run.data.tags["mlflow.source.git.commit"] == "abc123"
     assert len(run.data.params) == 252
-    assert (run.data.params["odd_key_"], len(run.data.params["long"])) == ("y", 6000)
-    history = client.get_metric_history(run.info.run_id, "loss/masks/seg")
+    assert (run.data.params["odd_key_"], len(run.data.params["long"])) == ("y", 200)
+    history = client.get_metric_history(run.info.run_id, "losses/masks seg")
     assert [(metric.step, metric.value) for metric in history] == [
         (step, step / 10) for step in range(2500)
     ]
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {
-        "images",
+        "note",
+        "panels",
         "val",
     }
+    assert [
+        item.path for item in client.list_artifacts(run.info.run_id, "panels/step-00000007")
+    ] == ["panels/step-00000007/00.png"]
+
+
+def test_a_run_says_what_it_is_and_what_came_of_it(store, tmp_path):
+    row = DataSet("masks", "/data/masks", "masks", 400, 24, 20, "2 x 8 images", "96 x 96", "abc")
+    overview = Overview("tiny: larvseg", (row,), {"starts": "at step 0"}, ("no trees",))
+    for status in ("stopped", "finished"):  # a restart says it again
+        tracker = open_tracker(store, tmp_path, tags={"memseg.command": "python jobs/tiny.py"})
+        tracker.begin(overview)
+        tracker.log_image("panels/00", np.zeros((8, 8, 3), np.uint8), 7)
+        tracker.log_metrics({"val/miou_all": 42.0}, 7)
+        tracker.finish(status)
+    _, run = read(store, tracker)
+    assert tracker.num_failures == 0
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**finished** mIoU all 42.00\n\ntiny: larvseg\n")
+    assert "**masks** (masks): 400 images" in note and "no trees" in note
+    assert "`python jobs/tiny.py`" in note and "?path=note/panels/00.png&" in note
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("masks", "abc")
+    assert json.loads(found.dataset.profile)["num_images"] == 400
+    page = f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?"
+    assert page in on_mlflow.run_page(str(tmp_path), store[0])
+
+
+def test_figures_are_grouped_by_what_they_are():
+    names = {
+        "lr": "optimizer/lr",
+        "loss": "losses/all",
+        "loss/masks/seg": "losses/masks seg",
+        "val/miou_novel": "scores/mIoU novel",
+        "images_per_second": "speed/images per second",
+        "memory/fill": "memory/fill",
+        "teacher/decay": "teacher/decay",
+    }
+    assert {name: on_mlflow._metric(name) for name in names} == names
 
 
 def test_a_restart_continues_the_run_and_writes_nothing_twice(store, tmp_path):
@@ -107,14 +147,14 @@ def test_a_restart_continues_the_run_and_writes_nothing_twice(store, tmp_path):
     assert (second.num_failures, second.num_dropped) == (0, 0)
     client, run = read(store, second)
     assert run.info.status == "FINISHED"
-    history = client.get_metric_history(run.info.run_id, "loss")
+    history = client.get_metric_history(run.info.run_id, "losses/all")
     assert [metric.step for metric in history] == [1, 2, 3, 4, 5]
-    late = client.get_metric_history(run.info.run_id, "late")
+    late = client.get_metric_history(run.info.run_id, "late/late")
     assert [metric.step for metric in late] == [3, 4, 5]
     assert run.data.params["launch.workers"] == "2"
     assert run.data.tags["resumed.launch.workers"] == "2 -> 3"
-    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
-    assert sum(path.endswith(".png") for path in pictures) == 2
+    pictures = [item.path for item in client.list_artifacts(run.info.run_id, "panels")]
+    assert pictures == ["panels/step-00000002", "panels/step-00000005"]
     with open(tmp_path / on_mlflow.RUN_FILE) as file:
         assert json.load(file)["run_id"] == run.info.run_id
 
@@ -132,7 +172,7 @@ def test_figures_that_a_killed_process_never_wrote_come_from_the_history(store, 
     second.log_metrics({"loss": 2.0}, 4)
     second.finish("finished")
     client, run = read(store, second)
-    written = client.get_metric_history(run.info.run_id, "loss")
+    written = client.get_metric_history(run.info.run_id, "losses/all")
     expected = [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
     assert sorted((metric.step, metric.value) for metric in written) == expected
 
@@ -210,7 +250,7 @@ def test_a_store_that_fails_for_a_while_loses_nothing(store, tmp_path, monkeypat
     tracker.finish("finished")
     assert (tracker.num_failures, tracker.num_dropped) == (2, 0)
     client, run = read(store, tracker)
-    history = client.get_metric_history(run.info.run_id, "loss")
+    history = client.get_metric_history(run.info.run_id, "losses/all")
     assert [metric.step for metric in history] == [1, 2]
 
 

@@ -33,6 +33,24 @@ def cluster():
     ray.shutdown()
 
 
+def test_the_driver_prints_workers_lines_as_they_wrote_them(capsys):
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+    from memseg_dist.platforms.on_ray import _readable_output
+
+    noise = "core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' and ID: 'bf' has"
+    data = {"pid": 7, "ip": "here", "localhost": "here", "actor_name": "RayTrainWorker"}
+    dispatcher.add_handler("ray_print_logs", lambda data: print("as Ray prints it"))
+    try:
+        with _readable_output():
+            dispatcher.emit({**data, "is_err": False, "lines": ["step 1/4  25%", noise]})
+            dispatcher.emit({**data, "is_err": True, "lines": [noise, "worker 1: no such file"]})
+    finally:
+        dispatcher.remove_handler("ray_print_logs")
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("step 1/4  25%\n", "worker 1: no such file\n")
+
+
 def history(config) -> list[dict]:
     text = Path(config.directory, "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
@@ -70,10 +88,10 @@ def test_two_deepspeed_workers_train_to_the_end(cluster, tiny_data, tmp_path):
     client, run = only_run(tmp_path)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "tiny")
     assert run.data.params["launch.workers"] == "2"
-    assert run.data.metrics["val/miou_all"] == pytest.approx(result["val/miou_all"])
+    assert run.data.metrics["scores/mIoU all"] == pytest.approx(result["val/miou_all"])
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"config.json", "images"} < names  # and the table per class
-    assert list(Path(config.directory, "panels").glob("*.png"))
+    assert {"config.json", "panels", "validation"} <= names
+    assert list(Path(config.directory, "panels").rglob("*.png"))
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp_path):
@@ -110,7 +128,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp
     assert flag.read_text() == "1"
     assert (result["status"], result["step"]) == ("finished", 12)
     client, run = only_run(tmp_path)
-    written = client.get_metric_history(run.info.run_id, "loss")
+    written = client.get_metric_history(run.info.run_id, "losses/all")
     assert [metric.step for metric in written] == list(range(1, 13))
     undisturbed = tiny_run(tiny_data, tmp_path, "undisturbed", steps=12)
     launch(undisturbed)

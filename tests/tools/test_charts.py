@@ -36,9 +36,9 @@ def test_bars_have_the_names_of_their_classes_where_these_fit():
     names = {1: "cat", 3: "dog"}
     assert not np.array_equal(draw(4, names), draw(4))
     assert not np.array_equal(draw(4, names), draw(4, {1: "cat", 2: "dog"}))
-    assert draw(MAX_NAMED_BARS, names).shape == (300, 800, 3)
+    assert draw(MAX_NAMED_BARS, names).shape[0] > 3000  # each name has its line
     crowded = draw(MAX_NAMED_BARS + 1, names)
-    assert np.array_equal(crowded, draw(MAX_NAMED_BARS + 1, {0: "cow"}))
+    assert np.array_equal(crowded, draw(MAX_NAMED_BARS + 1))
 
 
 def test_drawing_leaves_the_plotting_state_alone():

@@ -217,7 +217,7 @@ def test_from_accumulated_maps(made, tmp_path, capsys):
     assert listener.metrics["label/unknown_percent"] == 100 * report.share_unknown
     assert listener.metrics["step"] == 12
     assert listener.metrics["label/truth_miou_unknown_wrong"] == report.scores.wrong.miou()
-    assert len(listener.images) == 5 == len([*(tmp_path / "out" / "panels").glob("*.png")])
+    assert len(listener.images) == 5 == len([*(tmp_path / "out" / "panels").rglob("*.png")])
     tiles = {name: image.shape[1] for name, image in listener.images.items()}
     assert tiles["labels/04"] < tiles["labels/03"]  # no labels, no map
     assert (tmp_path / "out" / "label_report.txt").read_text() == f"{report}\n"
@@ -259,7 +259,7 @@ def test_only_the_first_images(made, tmp_path):
     report = label(config_of(made, tmp_path / "out", max_images=5, num_pictures=9))
     assert report.build.num_samples == 5 and report.left_out == {"ghost": 1}
     assert [len(masks_of(tmp_path / "out")), report.counts["maps"]] == [5, 4]
-    assert len([*(tmp_path / "out" / "panels").glob("*.png")]) == 5
+    assert len([*(tmp_path / "out" / "panels").rglob("*.png")]) == 5
 
 
 def test_saliency_takes_the_place_of_the_background(made, tmp_path):
@@ -379,7 +379,7 @@ def test_an_unreadable_image_is_left_out_and_counted(made, tmp_path):
     report = label(config)
     assert report.build.num_samples == 1 and [name for name, _ in report.build.skipped] == [key(0)]
     assert "1 could not be read" in str(report)
-    assert len([*(tmp_path / "out" / "panels").glob("*.png")]) == 1
+    assert len([*(tmp_path / "out" / "panels").rglob("*.png")]) == 1
 
 
 def test_the_command(made, tmp_path, capsys):

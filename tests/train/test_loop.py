@@ -287,7 +287,7 @@ def test_panels_table_and_status_reach_the_tracker(whole, data, tmp_path):
         ("class vectors/similarity", 1),
         ("class vectors/embedding", 1),
     ]
-    assert "novel" in tracker.texts["validation/step-00000001.txt"]
+    assert "novel" in tracker.texts["validation/step-00000001.csv"]
     assert from_json(tracker.texts["config.json"]) == config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from memseg_dist.checks import require
 from memseg_dist.memory.layouts import TableKind
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LarvSegConfig(MethodConfig):
     """Settings of the method; the defaults are the paper's main experiment."""
+
+    labels_name_all: ClassVar[bool] = True  # the attention for a label falls on what has none
 
     kind: Literal["larvseg"] = "larvseg"
     attention: Literal["cross_image", "single_image", "off"] = "cross_image"

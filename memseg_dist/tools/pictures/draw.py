@@ -23,10 +23,8 @@ from memseg_dist.tools.pictures.vectors import draw_class_vectors
 
 SEARCHED_PER_PANEL = 25
 """How many images are looked at, per panel wanted, for one that shows a novel class."""
-MAX_BARS = 128
-"""A chart of more figures is a histogram."""
-MAX_NAMED_BARS = 40
-"""Up to so many bars of classes have the names of the classes below them."""
+MAX_BARS, MAX_NAMED_BARS = 128, 200
+"""A chart of more figures, or of more classes, is a histogram."""
 
 
 @dataclass(frozen=True)
@@ -133,27 +131,32 @@ def draw_chart(
 ) -> Pixels:
     """`values` [n] as bars in their order, or beyond MAX_BARS of them as a histogram.
 
-    names: of some or all bars, by index; shown below them if there are at most MAX_NAMED_BARS bars.
+    names: of some or all bars, by index; the bars then lie below each other, each beside its name,
+    up to MAX_NAMED_BARS of them.
 
-    Returns uint8 [300, 800, 3]. Values that are not finite are left out and counted in the title.
-    ValueError if `values` has more than one axis.
+    Returns uint8 [300, 800, 3], or with names as high as they need. Values that are not finite are
+    left out and counted in the title. ValueError if `values` has more than one axis.
     """
     if values.ndim != 1:
         raise ValueError(f"chart '{title}' has values of shape {values.shape}; it must be [n]")
     is_finite = np.isfinite(values)
-    num_missing = int((~is_finite).sum())
-    figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
+    num_missing, places = int((~is_finite).sum()), np.flatnonzero(is_finite)
+    has_names = bool(names) and len(values) <= MAX_NAMED_BARS
+    height = max(3.0, 0.6 + 0.16 * len(values)) if has_names else 3.0
+    figure = Figure(figsize=(8, height), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(f"{title}  ({num_missing} not finite)" if num_missing else title, fontsize=10)
     axes.tick_params(labelsize=8)
-    axes.margins(x=0.01)
-    if len(values) <= MAX_BARS:
-        axes.bar(np.flatnonzero(is_finite), values[is_finite], width=0.8)
-        if names and len(values) <= MAX_NAMED_BARS:
-            texts = [fit(names.get(index, str(index)), 16) for index in range(len(values))]
-            axes.set_xticks(range(len(values)), texts, rotation=90)
-        else:
-            axes.set_xlabel("class id" if names else "index", fontsize=8)
+    if names and has_names:
+        axes.margins(y=0.01)
+        axes.barh(places, values[is_finite], height=0.8)
+        texts = [fit(names.get(index, str(index)), 24) for index in range(len(values))]
+        axes.set_yticks(range(len(values)), texts)
+        axes.invert_yaxis()
+    elif len(values) <= MAX_BARS:
+        axes.margins(x=0.01)
+        axes.bar(places, values[is_finite], width=0.8)
+        axes.set_xlabel("index", fontsize=8)
     else:
         axes.hist(values[is_finite], bins=64)
         axes.set_xlabel("value", fontsize=8)

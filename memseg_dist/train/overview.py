@@ -1,0 +1,200 @@
+"""What a run is, told before its first step: data, classes, machine, and what looks like a mistake.
+
+All of it comes from the indexes of the shards; no image is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from memseg_dist.assemble import build_label_space, scored_classes
+from memseg_dist.batch import IGNORE
+from memseg_dist.config import RunConfig, ValidationConfig
+from memseg_dist.data.index import Index
+from memseg_dist.data.pseudo_masks import ids_by_uid
+from memseg_dist.data.source import Source, kept_ids, open_index
+from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.train.checkpoint import Checkpoint
+
+LARGE_SHARE = 0.1
+"""Of the masks' pixels: a class with more is large."""
+MAX_NAMED = 10
+"""A list of classes names so many, and counts the rest."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One row of the overview: a source, or the validation set.
+
+    teaches: masks, labels, none or validation. num_present: of its num_classes classes, how many a
+    mask or label of it names. fingerprint: see `Index.fingerprint`.
+    """
+
+    name: str
+    path: str
+    teaches: str
+    num_images: int
+    num_classes: int
+    num_present: int
+    slots: str
+    crop: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Overview:
+    """title: the run in a line. facts: more lines by what they are about."""
+
+    title: str
+    data: tuple[DataSet, ...]
+    facts: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def survey(
+    config: RunConfig, device: torch.device, num_workers: int, checkpoint: str | None
+) -> Overview:
+    """What the run is; checkpoint: that it goes on from. ValueError for data that is not there."""
+    space = build_label_space(config)
+    sources, validation = config.active_sources, config.validation
+    indexes = {source.name: open_index(source, config.cache_directory) for source in sources}
+    present = {
+        source.name: class_counts(source, indexes[source.name], space, config.cache_directory)
+        for source in sources
+    }
+    data = [_source_row(source, indexes[source.name], present[source.name], space)
+            for source in sources]  # fmt: skip
+    if validation is not None:
+        data.append(_validation_row(validation, space, config.cache_directory))
+    images = sum(source.slots * source.batch_per_slot for source in sources)
+    workers = f"{num_workers} worker{'s' if num_workers > 1 else ''} on {device.type}"
+    engine = config.engine.on(device)
+    zero = f" (ZeRO {engine.zero_stage})" if engine.zero_stage else ""
+    step = 0 if checkpoint is None else Checkpoint(checkpoint).step
+    return Overview(
+        f"{config.name}: {config.method.kind} on {config.backbone.name}, "  # type: ignore[attr-defined]
+        f"{config.steps} steps of {images} images in {config.num_slots} slots, seed {config.seed}",
+        tuple(data),
+        {
+            "classes": _describe_classes(config, space),
+            "machine": f"{workers} ({config.launch.launcher}), {engine.kind}{zero}, "
+            f"{engine.precision}",
+            "starts": f"at step {step}, from {checkpoint}" if checkpoint else "at step 0",
+            "writes": config.directory,
+        },
+        (
+            *_untaught_classes(config, space, np.sum([*present.values()], axis=0)),
+            *_unnamed_classes(config, space, indexes, present),
+        ),
+    )
+
+
+def class_counts(
+    source: Source, index: Index, space: LabelSpace, cache_dir: str
+) -> NDArray[np.int64]:
+    """int64 [C]: how many images of the source teach each class of the label space, by a label, a
+    mask or a pseudo mask.
+    """
+    counts = np.zeros(len(space), dtype=np.int64)
+    taught = [(index, kept_ids(source, space))] if source.supervision != "none" else []
+    if source.pseudo_masks is not None:
+        masks = Index.open(source.pseudo_masks, cache_dir)
+        taught.append((masks, ids_by_uid(masks.vocabulary, space, f"source {source.name!r}")))
+    for of_images, ids in taught:
+        of_class = of_images.class_image_counts(len(ids))[: len(ids)]
+        np.add.at(counts, ids[ids != IGNORE], of_class[ids != IGNORE])
+    return counts
+
+
+def _source_row(
+    source: Source, index: Index, present: NDArray[np.int64], space: LabelSpace
+) -> DataSet:
+    kept = np.setdiff1d(kept_ids(source, space), IGNORE)
+    teaches = source.supervision + (" + pseudo masks" if source.pseudo_masks else "")
+    height, width = source.augment.crop_size
+    return DataSet(
+        source.name, source.path, teaches, len(index), len(kept), int((present > 0).sum()),
+        f"{source.slots} x {source.batch_per_slot} images", f"{height} x {width}",
+        index.fingerprint(),
+    )  # fmt: skip
+
+
+def _validation_row(settings: ValidationConfig, space: LabelSpace, cache_dir: str) -> DataSet:
+    index, ids = Index.open(settings.path, cache_dir), space.ids(settings.name)
+    present = np.unique(ids[: len(ids)][index.class_image_counts(len(ids))[: len(ids)] > 0])
+    num_images = min(len(index), settings.max_images or len(index))
+    return DataSet(
+        settings.name, settings.path, "validation", num_images, len(space.classes(settings.name)),
+        len(present), "", settings.mode, index.fingerprint(),
+    )  # fmt: skip
+
+
+def _describe_classes(config: RunConfig, space: LabelSpace) -> str:
+    scored, settings = scored_classes(config, space), config.validation
+    if scored is None or settings is None:
+        return f"{len(space)}, none of them scored"
+    groups = {"base": settings.base, "novel": settings.novel}
+    parts = [f"{len(uids)} {group}" for group, uids in groups.items() if uids]
+    return f"{len(space)}, {len(scored)} of them scored{': ' if parts else ''}{', '.join(parts)}"
+
+
+def _untaught_classes(
+    config: RunConfig, space: LabelSpace, counts: NDArray[np.int64]
+) -> Iterator[str]:
+    scored = scored_classes(config, space)
+    scored = np.zeros(0, np.int64) if scored is None else scored
+    trained = np.concatenate([kept_ids(source, space) for source in config.active_sources])
+    untaught = scored[counts[scored] == 0]
+    if len(untaught):
+        yield (
+            f"{len(untaught)} of the {len(scored)} scored classes have neither a label nor a mask "
+            f"in any source, so nothing teaches them: {_names(untaught, space)}. Add images that "
+            "are labelled with them, or take them out of the score with --validation.exclude"
+        )
+    others = np.setdiff1d(trained[(trained != IGNORE) & (counts[trained] == 0)], scored)
+    if len(others):
+        yield (
+            f"{len(others)} more classes of the sources' vocabularies have neither a label nor a "
+            f"mask: {_names(others, space)}"
+        )
+
+
+def _unnamed_classes(
+    config: RunConfig,
+    space: LabelSpace,
+    indexes: Mapping[str, Index],
+    present: Mapping[str, NDArray[np.int64]],
+) -> Iterator[str]:
+    """Large classes of the masks that no source with image labels ever names."""
+    with_labels = [s.name for s in config.active_sources if s.supervision == "labels"]
+    with_masks = [s for s in config.active_sources if s.supervision == "masks"]
+    if not (config.method.labels_name_all and with_labels and with_masks):
+        return
+    pixels = np.zeros(len(space), dtype=np.int64)
+    for source in with_masks:
+        ids = kept_ids(source, space)
+        of_class = indexes[source.name].class_pixel_counts(len(ids))
+        np.add.at(pixels, ids[ids != IGNORE], of_class[ids != IGNORE])
+    shares = pixels / max(pixels.sum(), 1)
+    is_named = sum(present[name] for name in with_labels) > 0
+    for class_id in np.flatnonzero((shares > LARGE_SHARE) & ~is_named):
+        category = space.vocabulary.categories[class_id]
+        yield (
+            f"{category.name!r} has {shares[class_id]:.0%} of the masks' pixels, and no source "
+            f"with image labels ({', '.join(with_labels)}) names it. The method takes what the "
+            "labels leave out for a part of what they name, so classes that occur together with "
+            f"{category.name!r} may be learnt as all of it. Add it to the labels of the images "
+            "that show it, or exclude it from the sources with masks and from the score "
+            f"(--sources.N.exclude {category.uid} --validation.exclude {category.uid})"
+        )
+
+
+def _names(ids: Sequence[int] | NDArray[np.integer], space: LabelSpace) -> str:
+    names = [space.vocabulary.names[class_id] for class_id in ids[:MAX_NAMED]]
+    rest = len(ids) - len(names)
+    return ", ".join(names) + (f" and {rest} more" if rest else "")
