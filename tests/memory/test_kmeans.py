@@ -231,3 +231,13 @@ def test_cuda_gives_what_the_cpu_gives():
     for engine in ("batched", "faiss"):
         found = kmeans(rows.cuda(), SIZES, K, seeds=seeds, num_starts=3, engine=engine)
         torch.testing.assert_close(found.objective.cpu(), expected.objective, rtol=1e-3, atol=1e-3)
+
+
+def test_alone_a_problem_is_what_it_is_without_the_others():
+    sizes = [130, 0, 97, 75]
+    rows = torch.randn(sum(sizes), 16, generator=torch.Generator().manual_seed(0))
+    found = kmeans(rows, sizes, 4, seeds=range(4), num_starts=3, alone=True)
+    for problem, part in enumerate(rows.split(sizes)):
+        one = kmeans(part, [len(part)], 4, seeds=[problem], num_starts=3)
+        for name in ("centroids", "counts", "objective"):
+            assert torch.equal(getattr(found, name)[problem], getattr(one, name)[0]), name
