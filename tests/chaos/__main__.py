@@ -196,7 +196,7 @@ def tracked_steps(storage: str) -> list[list[int]]:
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = [run.info.run_id for run in client.search_runs(ids)]
-    return [[m.step for m in client.get_metric_history(run, "loss")] for run in runs]
+    return [sorted(m.step for m in client.get_metric_history(run, "loss")) for run in runs]
 
 
 def left_over(folder: Path, storage: str) -> list[str]:
