@@ -182,15 +182,20 @@ def _unnamed_classes(
         np.add.at(pixels, ids[ids != IGNORE], of_class[ids != IGNORE])
     shares = pixels / max(pixels.sum(), 1)
     is_named = sum(present[name] for name in with_labels) > 0
-    for class_id in np.flatnonzero((shares > LARGE_SHARE) & ~is_named):
-        category = space.vocabulary.categories[class_id]
+    unnamed = np.flatnonzero((shares > LARGE_SHARE) & ~is_named)
+    unnamed = unnamed[np.argsort(-shares[unnamed], kind="stable")]
+    if len(unnamed):
+        categories = [space.vocabulary.categories[class_id] for class_id in unnamed]
         yield (
-            f"{category.name!r} has {shares[class_id]:.0%} of the masks' pixels, and no source "
-            f"with image labels ({', '.join(with_labels)}) names it. The method takes what the "
-            "labels leave out for a part of what they name, so classes that occur together with "
-            f"{category.name!r} may be learnt as all of it. Add it to the labels of the images "
-            "that show it, or exclude it from the sources with masks and from the score "
-            f"(--sources.N.exclude {category.uid} --validation.exclude {category.uid})"
+            f"no source with image labels ({', '.join(with_labels)}) names "
+            + ", ".join(
+                f"{category.name!r}, which has {shares[class_id]:.0%} of the masks' pixels"
+                for class_id, category in zip(unnamed, categories, strict=True)
+            )
+            + ". The method takes what labels leave out for a part of what they name, so a class "
+            "that often occurs with it may be learnt as all of it. Add it to the labels of the "
+            "images that show it, or exclude it from the sources with masks and from the score "
+            f"(--sources.N.exclude {categories[0].uid} --validation.exclude {categories[0].uid})"
         )
 
 
