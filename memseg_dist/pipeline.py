@@ -178,6 +178,8 @@ def run_stages(
         for earlier in read[name]:
             if earlier not in names:
                 check_is_there(earlier, stages[earlier], name)
+    for name in names:  # the network comes last
+        check_weights(name, stages)
     for number, name in enumerate(names, 1):
         stage = stages[name]
         if len(stages) > 1:
@@ -193,20 +195,27 @@ def run_stages(
     return True
 
 
+def check_weights(name: str, stages: Mapping[str, Stage]) -> None:
+    """Fetches the weights that a run starts from; ValueError if they cannot be had."""
+    stage = stages[name]
+    if not isinstance(stage, RunConfig):
+        return
+    weights = stage.backbone.pretrained
+    if any(f"{weights}/".startswith(f"{result_of(other)}/") for other in stages.values()):
+        return  # a stage writes them
+    try:
+        fetch_weights(stage.backbone.name, weights)
+    except ValueError as error:
+        if len(stages) == 1:
+            raise
+        text = str(error).replace("--backbone.", f"--{name}.backbone.")
+        raise ValueError(f"stage {name!r}: {text}") from error
+
+
 def check_stage(name: str, stages: Mapping[str, Stage]) -> None:
     """ValueError for what would be found out only after the days of the stages before."""
     stage = stages[name]
     if isinstance(stage, RunConfig):
-        weights = stage.backbone.pretrained
-        if any(f"{weights}/".startswith(f"{result_of(other)}/") for other in stages.values()):
-            return  # a stage writes them
-        try:
-            fetch_weights(stage.backbone.name, weights)
-        except ValueError as error:
-            if len(stages) == 1:
-                raise
-            text = str(error).replace("--backbone.", f"--{name}.backbone.")
-            raise ValueError(f"stage {name!r}: {text}") from error
         return
     if is_url(stage.out):
         raise ValueError(

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from process_pool import ProcessPool
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # as the ranks of the pool: a kernel on two threads rounds otherwise
 
 
 @pytest.fixture(autouse=True)

@@ -161,11 +161,12 @@ def test_zero_stage_3_and_too_many_workers_are_refused_when_built(config):
 
 def test_what_the_engine_leaves_open_is_decided_by_the_device():
     fast = EngineConfig(
-        precision="bf16", tf32=True, channels_last=True, cudnn_benchmark=True, fused_optimizer=True
-    )
+        precision="bf16", tf32=True, channels_last=True, cudnn_benchmark=True,
+        fused_optimizer=True, ordered_sums=False,
+    )  # fmt: skip
     plain = EngineConfig(
         precision="fp32", tf32=False, channels_last=False, cudnn_benchmark=False,
-        fused_optimizer=False,
+        fused_optimizer=False, ordered_sums=True,
     )  # fmt: skip
     assert EngineConfig().on("cuda:1") == fast and EngineConfig().on("cpu") == plain
     assert fast.on("cpu") == fast and plain.on("cuda") == plain

@@ -24,11 +24,18 @@ from memseg_dist.jsonable import decode
 VOCABULARY_FORMAT = 1
 BACKGROUND = "background"
 """Uid and name of the class of all that has no label of its own."""
+_BACKGROUND_UIDS = (BACKGROUND, f"name:{BACKGROUND}")
+"""The second is what class lists used to give it. A synset of that name (n02769075: what is painted
+behind a stage) is a class like any other."""
 
 
 def fold(name: str) -> str:
     """A name with case, '_', '-' and runs of spaces levelled."""
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def is_background(uid: str) -> bool:
+    return uid in _BACKGROUND_UIDS
 
 
 @dataclass(frozen=True)
@@ -187,8 +194,7 @@ class LabelSpace:
             ids = [union_ids[target.uid] for target in targets]
             to_union[source] = np.array(ids, dtype=np.int32)
         categories = tuple(_merge(same) for same in merged.values())
-        backgrounds = {item.uid: merged[item.uid][0][1] for item in categories
-                       if fold(item.name) == BACKGROUND}  # fmt: skip
+        backgrounds = {uid: same[0][1] for uid, same in merged.items() if is_background(uid)}
         if len(backgrounds) > 1:
             raise ValueError(
                 f"the background has several uids, by vocabulary: {backgrounds}; it would be as "

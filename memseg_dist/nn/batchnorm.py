@@ -117,7 +117,7 @@ def commit_statistics(module: nn.Module) -> None:
         return
     zeros = [torch.zeros_like(layer.running_mean).expand(2, -1) for layer in layers]
     width = sum(zero.numel() for zero in zeros)
-    passes = Proposals(len(layers), torch.empty(0, width, device=zeros[0].device))
+    passes = Proposals(len(layers), zeros[0].new_empty(0, width))
     for slot in sorted({slot for layer in layers for slot in layer.slot_statistics.seen}):
         of_layers = [layer.slot_statistics.seen.get(slot, []) for layer in layers]
         rows, is_seen = [], []
@@ -128,7 +128,9 @@ def commit_statistics(module: nn.Module) -> None:
         passes.add(np.array(is_seen), torch.stack(rows), Clock(0, slot))
     gathered = passes.gather()
     counts = gathered.ids.sum(axis=0).tolist()
-    totals = sum(gathered.rows, torch.zeros(width, device=zeros[0].device))
+    totals = zeros[0].new_zeros(width)
+    for number in gathered.order.tolist():
+        totals = totals + gathered.rows[number]
     for layer, count, total in zip(layers, counts, totals.split([zero.numel() for zero in zeros])):
         if count:  # a layer that no slot trained (frozen, or of another source) stays as it is
             mean, variance = total.view(2, -1) / count

@@ -199,7 +199,7 @@ def test_a_run_that_the_store_lost_is_made_anew_from_the_history(
     client, run = read(store, second)
     assert run.info.run_id not in (first.run_id, "f" * 32)
     assert run.data.params == {"seed": "3"}
-    written = client.get_metric_history(run.info.run_id, "loss")
+    written = client.get_metric_history(run.info.run_id, "losses/all")
     found = sorted((metric.step, metric.value) for metric in written)
     assert found == [(1, 0.5), (2, 0.25), (3, 0.125)]
     assert json.loads((tmp_path / on_mlflow.RUN_FILE).read_text())["run_id"] == run.info.run_id

@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+import rich
 from train.shards import larvseg_config
 
 from memseg_dist.train.console import ConsoleTracker, StepBar
@@ -62,6 +63,7 @@ def test_a_terminal_has_a_bar(kind, monkeypatch):
     screen = kind()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(rich, "_console", None)  # not below a bar that another test left
     bar = StepBar()
     bar.see("anything else")
     assert screen.getvalue() == ""

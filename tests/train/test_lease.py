@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -38,7 +39,8 @@ def test_a_second_driver_is_refused_until_the_first_is_killed(tmp_path):
         wanted = rf"the run {tmp_path} is driven by process {first.pid} on .*; stop that one first"
         with pytest.raises(ValueError, match=wanted), holding(str(tmp_path)):
             pass
-        first.kill()  # a zombie, as long as nobody waits for it
+        first.kill()
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # dead; a zombie until the end
         started = time.monotonic()
         with holding(str(tmp_path)):
             assert time.monotonic() - started < 5

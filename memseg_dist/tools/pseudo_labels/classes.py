@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.files import absolute
 from memseg_dist.data.index import Index
-from memseg_dist.data.vocabulary import BACKGROUND, Category, Vocabulary, fold
+from memseg_dist.data.vocabulary import Category, Vocabulary, is_background
 from memseg_dist.methods.labeller import LabellerConfig
 from memseg_dist.tools.pseudo_labels.model import CheckpointModel
 
@@ -42,15 +42,14 @@ def choose_classes(
     to_space = _local_to_space(index, model)
     values = index.labels_values[: int(index.labels_offsets[num_images])]
     num_labelled = np.bincount(values, minlength=len(uids))
-    names = index.vocabulary.names
-    is_background = np.array(
-        [uid == background or fold(name) == BACKGROUND for uid, name in zip(uids, names)]
-    ) & (background is not None)
+    no_class = np.array(
+        [background is not None and (uid == background or is_background(uid)) for uid in uids]
+    )
     if background is not None and background in space.vocabulary:  # also where it was renamed
-        is_background |= to_space == space.vocabulary.index(background)
+        no_class |= to_space == space.vocabulary.index(background)
     unknown = [
         uids[local]
-        for local in np.flatnonzero((num_labelled > 0) & (to_space == IGNORE) & ~is_background)
+        for local in np.flatnonzero((num_labelled > 0) & (to_space == IGNORE) & ~no_class)
     ]
     if unknown:
         raise ValueError(
@@ -59,7 +58,7 @@ def choose_classes(
             "else. Give its vocabulary.json the uids of the training sets, or train with these "
             "classes"
         )
-    chosen = labeller.classes(model.trained, np.unique(to_space[~is_background]))
+    chosen = labeller.classes(model.trained, np.unique(to_space[~no_class]))
     if background is not None and background in space.vocabulary:
         chosen = chosen[chosen != space.vocabulary.index(background)]
     if len(chosen) == 0:
@@ -67,7 +66,7 @@ def choose_classes(
             f"--data {index.root}: none of its {len(uids)} classes was trained by {model.path}; "
             "label data with classes of the training sets"
         )
-    kept = np.isin(to_space, chosen) & ~is_background
+    kept = np.isin(to_space, chosen) & ~no_class
     categories = [space.vocabulary.categories[class_id] for class_id in chosen]
     written = chosen.tolist()
     position = np.searchsorted(chosen, to_space)
@@ -75,12 +74,12 @@ def choose_classes(
         position += 1
         categories.insert(0, _background(background, index.vocabulary, space.vocabulary))
         written.insert(0, IGNORE)
-    left_out = np.flatnonzero((num_labelled > 0) & ~kept & ~is_background)
+    left_out = np.flatnonzero((num_labelled > 0) & ~kept & ~no_class)
     return LabelClasses(
         Vocabulary(tuple(categories)),
         tuple(written),
         tuple(np.where(kept, to_space, IGNORE).tolist()),
-        tuple(np.where(is_background, 0, np.where(kept, position, IGNORE)).tolist()),
+        tuple(np.where(no_class, 0, np.where(kept, position, IGNORE)).tolist()),
         {uids[local]: int(num_labelled[local]) for local in left_out},
     )
 

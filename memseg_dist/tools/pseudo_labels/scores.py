@@ -20,7 +20,7 @@ from memseg_dist.data.cache import DEFAULT_CACHE_BYTES, ShardCache
 from memseg_dist.data.files import default_cache
 from memseg_dist.data.index import Index
 from memseg_dist.data.reader import Reader
-from memseg_dist.data.vocabulary import BACKGROUND, Category, Vocabulary, fold
+from memseg_dist.data.vocabulary import Vocabulary, is_background
 from memseg_dist.evaluation.metrics import (
     EvaluatedClass,
     SegmentationMetrics,
@@ -77,8 +77,8 @@ def score_pseudo_labels(
     cache_dir: str | Path | None = None,
     show_progress: bool = True,
 ) -> PseudoScores:
-    """Compare the masks of two shard folders, joined by key and by class uid (the background, if
-    its uids differ, by its name).
+    """Compare the masks of two shard folders, joined by key and by class uid (that of the
+    background may be an older one).
 
     Scored are the classes of the truth's vocabulary, the background among them; a label of any
     other class is wrong wherever the truth is known. ValueError if no key or no class is in both,
@@ -89,7 +89,7 @@ def score_pseudo_labels(
     vocabulary = truth.vocabulary
     other = len(vocabulary)  # what is predicted where no scored class is
     to_truth = np.array(
-        [_class_of(item, vocabulary, other) for item in pseudo.vocabulary.categories], np.int32
+        [_class_of(uid, vocabulary, other) for uid in pseudo.vocabulary.uids], np.int32
     )
     if (to_truth == other).all():
         raise ValueError(
@@ -134,13 +134,12 @@ def score_pseudo_labels(
     )
 
 
-def _class_of(category: Category, vocabulary: Vocabulary, other: int) -> int:
-    """The id of the same class in `vocabulary`: by its uid, the background by its name too."""
-    if category.uid in vocabulary:
-        return vocabulary.index(category.uid)
-    names = [fold(name) for name in vocabulary.names]
-    is_there = fold(category.name) == BACKGROUND and BACKGROUND in names
-    return names.index(BACKGROUND) if is_there else other
+def _class_of(uid: str, vocabulary: Vocabulary, other: int) -> int:
+    """The id of the same class in `vocabulary`."""
+    if uid in vocabulary:
+        return vocabulary.index(uid)
+    backgrounds = [same for same in vocabulary.uids if is_background(same)]
+    return vocabulary.index(backgrounds[0]) if is_background(uid) and backgrounds else other
 
 
 def _common_rows(pseudo: Index, truth: Index) -> list[tuple[int, int]]:
