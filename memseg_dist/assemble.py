@@ -49,6 +49,7 @@ def build_method(
     of the sources, which a model that only predicts does not need. ValueError for data or settings
     that the method cannot train with.
     """
+    engine = config.engine.on(device)
     setup = Setup(
         config.active_sources,
         label_space,
@@ -59,8 +60,9 @@ def build_method(
         device=device,
         for_training=for_training,
         cache_dir=config.cache_directory if for_training else "",
-        is_bf16=config.engine.precision == "bf16",
-        activation_checkpointing=config.engine.activation_checkpointing,
+        is_bf16=engine.precision == "bf16",
+        channels_last=bool(engine.channels_last),
+        activation_checkpointing=engine.activation_checkpointing,
     )
     if for_training:
         config.method.check(setup)

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
+import torch
 import tyro
 
 from memseg_dist import jsonable
@@ -159,6 +160,17 @@ class EngineConfig:
     """bf16: the backbone runs under autocast; heads, losses, gradients and memories stay fp32."""
     activation_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass instead of keeping them."""
+    channels_last: bool | None = None
+    """Convolutional backbones compute on [B, H, W, C] in memory; by default on CUDA. It is faster
+    on most CPUs too, and moves results by rounding."""
+
+    def on(self, device: torch.device | str) -> EngineConfig:
+        """The same with what is None decided for this device."""
+        is_cuda = torch.device(device).type == "cuda"
+        return dataclasses.replace(
+            self,
+            channels_last=is_cuda if self.channels_last is None else self.channels_last,
+        )
 
     def __post_init__(self) -> None:
         if self.zero_stage == 3:

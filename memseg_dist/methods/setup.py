@@ -35,11 +35,14 @@ class Setup:
     for_training: bool = True
     cache_dir: str = ""
     is_bf16: bool = False
+    channels_last: bool = False
     activation_checkpointing: bool = False
 
     def build_backbone(self, stages: Sequence[int] = (-1,)) -> Backbone:
         """The backbone with the maps of these stages; see `nn.backbone.build_backbone`."""
-        backbone = build_backbone(self.backbone, stages, bf16=self.is_bf16)
+        backbone = build_backbone(
+            self.backbone, stages, bf16=self.is_bf16, channels_last=self.channels_last
+        )
         backbone.set_activation_checkpointing(self.activation_checkpointing)
         return backbone
 

@@ -98,16 +98,26 @@ class Backbone(nn.Module):
 
     Attributes: stages (in the order of the maps, the deepest last), dim and stride (those of the
     deepest), bf16 (whether the net runs under bfloat16 autocast; else autocast is off inside,
-    whatever surrounds the call).
+    whatever surrounds the call), channels_last (whether a net of convolutions gets its pictures as
+    [B, H, W, 3] in memory, which its maps then follow; the weights are left as they are, so that
+    no engine, optimizer or checkpoint sees strides).
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: Any, indices: tuple[int, ...], mean, std, bf16: bool = False) -> None:
+    def __init__(
+        self,
+        net: Any,
+        indices: tuple[int, ...],
+        mean,
+        std,
+        bf16: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self.net: Any = net
-        self.bf16 = bf16
+        self.bf16, self.channels_last = bf16, channels_last
         self._is_transformer = not isinstance(net.feature_info, FeatureInfo)
         self._indices = indices
         info = FeatureInfo(net.feature_info, indices) if self._is_transformer else net.feature_info
@@ -125,6 +135,8 @@ class Backbone(nn.Module):
         Returns one fp32 map [B, D, h, w] per stage. All of them cover the picture filled up below
         and to the right, by zeros, to whole positions of the deepest.
         """
+        if self.channels_last and not self._is_transformer:
+            images = images.contiguous(memory_format=torch.channels_last)
         pixels = (images - self.mean) / self.std
         if valid is not None:
             pixels = pixels * valid[:, None]
@@ -154,7 +166,11 @@ class Backbone(nn.Module):
 
 
 def build_backbone(
-    config: BackboneConfig, stages: Sequence[int] = (-1,), *, bf16: bool = False
+    config: BackboneConfig,
+    stages: Sequence[int] = (-1,),
+    *,
+    bf16: bool = False,
+    channels_last: bool = False,
 ) -> Backbone:
     """A net that gives the maps of `stages`, drawn from torch's random numbers or read.
 
@@ -180,7 +196,7 @@ def build_backbone(
         _load_pretrained(net, config, options)
     if config.frozen_batchnorm:
         net = freeze_batch_norm_2d(net)
-    backbone = Backbone(net, indices, config.mean, config.std, bf16)
+    backbone = Backbone(net, indices, config.mean, config.std, bf16, channels_last)
     return record_batchnorm(backbone)  # type: ignore[return-value]
 
 

@@ -272,6 +272,29 @@ def test_precision_is_the_backbones_own(config):
     torch.testing.assert_close(features, expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("config", [RESNET, VGG, RESNET38, CONVNEXT])
+def test_channels_last_reaches_every_convolution_and_leaves_the_weights(config):
+    nets = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        config = dataclasses.replace(config, drop_path=0)
+        nets.append(build_backbone(config, channels_last=channels_last).double().eval())
+    last = nets[1]
+    seen = []
+    for layer in last.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    x, valid = images(48, 80), torch.rand(2, 48, 80) > 0.1  # filled up to whole positions
+    gradients = []
+    for net in nets:
+        net(x, valid)[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    assert seen and all(map.is_contiguous(memory_format=torch.channels_last) for map in seen)
+    for name, parameter in last.named_parameters():
+        assert parameter.is_contiguous() and parameter.grad.is_contiguous(), name
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_padding_is_zero_after_normalisation():
     backbone = build_backbone(RESNET).eval()
     valid = torch.ones(2, 64, 64, dtype=torch.bool)
