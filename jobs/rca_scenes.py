@@ -68,7 +68,9 @@ def stages(options: Options) -> dict[str, Stage]:
         backbone=replace(BACKBONE, pretrained=options.backbone),
         validation=ValidationConfig(val, mode="whole", resize=(96, 96), exclude=(BACKGROUND,)),
         steps=940,
-        optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.01, warmup_steps=30),
+        optimizer=OptimizerConfig(
+            "adamw", lr=1e-2, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.1
+        ),
         loader=LoaderConfig(processes=1),
         every=Intervals(log=47, evaluate=470, checkpoint=470),
     )
