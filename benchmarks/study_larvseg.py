@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from study_setup import LITE0, OPTIMIZER, alone, slug
+from study_setup import ALONE, LITE0, OPTIMIZER, alone, slug
 
 from memseg_dist.config import RunConfig
 from memseg_dist.data.augment import AugmentConfig
@@ -84,6 +84,7 @@ def run_of(study: Study, variant: str) -> RunConfig:
     )  # fmt: skip
     return replace(
         run,
+        launch=ALONE,
         sources=sources,
         method=replace(method, **VARIANTS[variant]),
         backbone=replace(LITE0, last_stage=3, output_stride=8, pretrained=str(study.weights)),

@@ -1,11 +1,13 @@
 """Which of RCA's directions show: its parts and settings, by seed.
 
     python benchmarks/study_rca.py --seeds 0 1 2 3 4                          # generated scenes
-    python benchmarks/study_rca.py --pictures SHARDS --weights WEIGHTS --seeds 0 1 2
+    python benchmarks/study_rca.py --pictures SHARDS --weights WEIGHTS --seeds 0 1 2 --steps 350
 
 Each run trains the classifier on image labels (one process, one core), labels the training images
-and scores the pseudo masks, with the same fusion for every variant. A difference is given with its
-95 % interval (Student's t over the seeds' differences). What is done already is not done again.
+and scores the pseudo masks, with the same fusion for every variant (of real pictures OAA's, which
+needs no CRF). "EPS" learns from the scenes' true silhouettes as saliency, and is labelled by EPS's
+own rules as well. A difference is given with its 95 % interval (Student's t over the seeds'
+differences). What is done already is not done again.
 
 --pictures: SHARDS/{coco80/train,coco80/val,i21k_like}, made by the commands in docs/results.md;
 --weights: tf_efficientnet_lite0.
@@ -19,15 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from study_setup import LITE0, OPTIMIZER, ROOT, alone, slug
+from PIL import Image
+from study_setup import ALONE, LITE0, OPTIMIZER, ROOT, alone, slug
 
-from memseg_dist.config import RunConfig
+from memseg_dist.config import OptimizerConfig, RunConfig
 from memseg_dist.data.augment import AugmentConfig
+from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.index import Index
+from memseg_dist.data.reader import Reader
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.launch import launch
 from memseg_dist.methods.rca.config import RCAConfig, released
-from memseg_dist.methods.rca.fusion import FusionConfig
+from memseg_dist.methods.rca.fusion import RULES, FusionConfig
 from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.stages import LabelConfig
 from memseg_dist.tools import study as shared
@@ -53,6 +58,7 @@ SCENES: dict[str, dict] = PARTS | {
     "K all": {"num_prototypes": None},
     "preset paper": {},
     "preset released": {},
+    "baseline, EPS": PARTS["baseline"] | {"saliency_weight": 1.0},
 }
 """Changes of the job's method ("both"); the presets replace it, see `method_of`."""
 COMPARED = {
@@ -65,11 +71,16 @@ COMPARED = {
     },
     "both, no scale": {"baseline": "+3.2", "+ RSC": "+1.9", "K 1, no scale": "+1.0"},
     "preset paper": {"preset released": ""},
+    "baseline, EPS": {"baseline": ""},
 }  # fmt: skip
 """Variant -> what it is compared with, and the paper's difference: Table 1 and its ablations."""
+SCENES_OPTIMIZER = OptimizerConfig(
+    "adamw", lr=1e-2, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.1
+)
+"""Heads at ten times the backbone's rate, as in the paper and its code."""
 MAPS = ("accumulated", "predicted", "intermediate")
 COLUMNS = {"O, accumulated": "accumulated", "O, predicted": "predicted", "P": "intermediate"}
-FILL = {"rows set": "memory/fill"}
+OTHERS = {"EPS's rules": "eps_rules", "rows set": "memory/fill"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ def scenes_run(study: Study) -> tuple[RunConfig, FusionConfig]:
     assert isinstance(run, RunConfig)
     # one slot of all 16 pictures: on one process the global batch needs no preview
     sources = (replace(run.sources[0], slots=1, batch_per_slot=16),)
-    return replace(run, sources=sources), FUSION
+    return replace(run, sources=sources, launch=ALONE, optimizer=SCENES_OPTIMIZER), FUSION
 
 
 def pictures_run(study: Study) -> tuple[RunConfig, FusionConfig]:
@@ -141,13 +152,14 @@ def pictures_run(study: Study) -> tuple[RunConfig, FusionConfig]:
     coco, objects = (replace(s, slots=1, batch_per_slot=8, augment=whole) for s in run.sources)
     return replace(
         run,
+        launch=ALONE,
         sources=(coco, replace(objects, split="coco80")),
         method=replace(
             run.method, reduce_to=None, contrast_weight=0.1, gate=0.5, head_width=64, map_size=16
         ),
         backbone=replace(LITE0, last_stage=3, output_stride=8, pretrained=str(study.weights)),
         optimizer=OPTIMIZER,
-    ), FusionConfig()
+    ), RULES["oaa"]
 
 
 def train(study: Study, variant: str, seed: int) -> Row:
@@ -156,20 +168,29 @@ def train(study: Study, variant: str, seed: int) -> Row:
     run, fusion = scenes_run(study) if study.pictures is None else pictures_run(study)
     assert isinstance(run.method, RCAConfig)
     run = replace(run, method=method_of(variant, run.method), validation=None)
+    learns_saliency = run.method.saliency_weight > 0
+    if learns_saliency:
+        source = replace(run.sources[0], saliency=f"{study.data}/saliency")
+        run = replace(run, sources=(source,))
     run = alone(run, study.storage, f"{slug(variant)}-seed{seed}", seed, study.steps)
     result = launch(run)
     row: Row = {"variant": variant, "seed": seed}
-    for maps in MAPS:
-        labeller = ActivationLabeller(maps=maps, scales=(1.0,), fusion=fusion)
+
+    def score(key: str, labeller: ActivationLabeller) -> None:
         report = label(
             LabelConfig(
-                result["checkpoint"], study.train_shards, f"{run.directory}/{maps}", labeller,
+                result["checkpoint"], study.train_shards, f"{run.directory}/{key}", labeller,
                 truth=study.train_shards, workers=0, num_pictures=8,
             )
         )  # fmt: skip
         assert report.scores is not None
-        row[maps] = report.scores.excluded.miou()
-        row[f"{maps}, unknown wrong"] = report.scores.wrong.miou()
+        row[key] = report.scores.excluded.miou()
+        row[f"{key}, unknown wrong"] = report.scores.wrong.miou()
+
+    for maps in MAPS:
+        score(maps, ActivationLabeller(maps=maps, scales=(1.0,), fusion=fusion))
+    if learns_saliency:
+        score("eps_rules", ActivationLabeller(maps="predicted", fusion=RULES["eps"]))
     fill = {key: 100 * value for key, value in result.items() if key == "memory/fill"}
     return row | fill | {"seconds": time.perf_counter() - started}
 
@@ -190,7 +211,22 @@ def prepare(study: Study) -> None:
             ROOT, "datasets/scenes_weak.py", "--root", study.data, "--num-objects", 12,
             "--train", 640, "--val", 200,
         )  # fmt: skip
+    write_saliency(study)
     shared.prepare_backbone(ROOT, study.backbone)
+
+
+def write_saliency(study: Study) -> None:
+    """Silhouettes of the training scenes' objects, by their masks, beside the shards."""
+    folder, index = study.data / "saliency", Index.open(study.train_shards)
+    reader = Reader(index, ShardCache(folder, 0), np.arange(len(index.vocabulary), dtype=np.int32))
+    background = index.vocabulary.index("background")
+    for row in range(len(index)):
+        path = folder / f"{index.key(row)}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mask = reader.read_mask(row).numpy()
+            silhouette = np.where(mask == background, 0, 255).astype(np.uint8)
+            Image.fromarray(silhouette).save(path)
 
 
 def main(study: Study) -> None:
@@ -204,7 +240,7 @@ def main(study: Study) -> None:
     rows = [row for row in rows if row["seed"] in study.seeds]
     title = f"Pseudo masks of the training images, mIoU, {kind}, {study.steps} steps"
     wrong = {f"{head}, unknown wrong": f"{key}, unknown wrong" for head, key in COLUMNS.items()}
-    shared.show(rows, study.names, COLUMNS | FILL, COMPARED, title, "paper, VOC")
+    shared.show(rows, study.names, COLUMNS | OTHERS, COMPARED, title, "paper, VOC")
     shared.show(rows, study.names, wrong, COMPARED, f"{title}, unknown pixels wrong", "paper, VOC")
 
 

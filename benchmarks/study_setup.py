@@ -40,7 +40,7 @@ def alone(run: RunConfig, storage: Path, name: str, seed: int, steps: int, **cha
         seed=seed,
         steps=steps,
         launch=ALONE,
-        engine=EngineConfig("torch"),
+        engine=EngineConfig("torch", channels_last=True),
         loader=LoaderConfig(processes=0, cache_dir=str(storage / "cache")),
         tracking=TrackingConfig("none"),
         every=Intervals(log=50, evaluate=steps, checkpoint=steps),
