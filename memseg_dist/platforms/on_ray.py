@@ -50,6 +50,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 TEARDOWN_S = 600.0
 """How long a worker that was told to leave waits for Ray to take it down."""
 
+_cpus_started: int | None = None
+"""Of the cluster that this process has started for its runs; None: it uses another one."""
 _NO_FAILURE = re.compile("Actor with class name: 'PreemptionWatcher'")
 """Errors that Ray logs of itself in every run that goes well."""
 
@@ -186,15 +188,24 @@ def _readable_output() -> Iterator[None]:
 
 
 def connect(config: RunConfig) -> None:
-    """Joins the named cluster, or starts one here that is large enough for the run."""
+    """Joins the named cluster, or starts one here that is large enough for the run.
+
+    One that an earlier run of this process has started, and that is too small for this one, makes
+    way for another.
+    """
+    global _cpus_started
+    wanted = config.launch.workers_range[1] * _cpus(config)
     if ray.is_initialized():
-        return
+        if _cpus_started is None or _cpus_started >= wanted:
+            return
+        ray.shutdown()
+    _cpus_started = None
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says it is on
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.launch.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        wanted = config.launch.workers_range[1] * _cpus(config)
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, wanted))
+        _cpus_started = max(os.cpu_count() or 1, wanted)
+        ray.init(address="local", num_cpus=_cpus_started)
         return
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     # a job brings its working directory; otherwise other machines get this very package

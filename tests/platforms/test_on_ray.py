@@ -51,6 +51,25 @@ def test_the_driver_prints_workers_lines_as_they_wrote_them(capsys):
     assert (printed.out, printed.err) == ("step 1/4  25%\n", "worker 1: no such file\n")
 
 
+def test_a_later_stage_that_needs_more_gets_a_larger_cluster(tmp_path, tiny_data):
+    from memseg_dist.platforms.on_ray import connect
+
+    small = tiny_run(tiny_data, tmp_path, launch=LaunchConfig(workers=1))
+    large = dataclasses.replace(
+        small, launch=LaunchConfig(workers=2, cpus_per_worker=os.cpu_count())
+    )
+    assert not ray.is_initialized()
+    try:
+        connect(small)
+        connect(large)
+        assert ray.cluster_resources()["CPU"] == 2 * os.cpu_count()
+        before = ray.get_runtime_context().gcs_address
+        connect(small)  # which is large enough
+        assert ray.get_runtime_context().gcs_address == before
+    finally:
+        ray.shutdown()
+
+
 def history(config) -> list[dict]:
     text = Path(config.directory, "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
