@@ -40,16 +40,16 @@ class LocalContext:
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self._asked = threading.Event()
+        self._asked = False
 
     def ask_to_stop(self) -> None:
-        self._asked.set()
+        self._asked = True  # no Event: signal handlers interrupt each other, and one holds its lock
 
     def report(self, metrics: Mapping[str, float], checkpoint: str | None = None) -> None:
         pass
 
     def should_stop(self) -> bool:
-        return bool(dist.all_reduce_sum(torch.tensor(int(self._asked.is_set()))) > 0)
+        return bool(dist.all_reduce_sum(torch.tensor(int(self._asked))) > 0)
 
 
 def run(

@@ -10,6 +10,7 @@ of it.
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import math
@@ -135,8 +136,9 @@ def _fit(trainer: TorchTrainer, stop_key: str) -> Any:
             outcome.set_exception(error)
 
     def ask_to_stop() -> None:
-        """From another thread: the main one may hold what a call to the cluster needs."""
-        threading.Thread(target=_internal_kv_put, args=(stop_key, b"1"), daemon=True).start()
+        """From another thread: the main one may hold what a call to the cluster needs, or what
+        `threading.Thread` does."""
+        _thread.start_new_thread(_internal_kv_put, (stop_key, b"1"))
 
     with process.heeding_stop_signals(ask_to_stop):
         threading.Thread(target=fit, name="trainer", daemon=True).start()

@@ -169,6 +169,23 @@ def test_a_stop_signal_to_the_process_group_asks_every_worker_to_leave(
     assert output.strip() == "{'stopped': True}"
 
 
+def test_stop_signals_that_interrupt_each_other_are_heeded():
+    """A worker hears SIGTERM from the process group and from its parent, one within the other."""
+    script = """
+        import signal, time
+        from memseg_dist.platforms.local import LocalContext
+        context = LocalContext(0, 1, "cpu")
+        signal.signal(signal.SIGALRM, lambda number, frame: context.ask_to_stop())
+        signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            context.ask_to_stop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, timeout=20, check=True, cwd=REPOSITORY)
+
+
 def test_workers_die_with_a_killed_parent(tmp_path):
     ready = tmp_path / "ready"
     script = tmp_path / "script.py"

@@ -66,6 +66,7 @@ def test_a_beat_from_another_machine_refuses_and_silence_makes_way(tmp_path, mon
     assert "looking for its heartbeat" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_driver_that_lost_its_run_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     left = threading.Event()
