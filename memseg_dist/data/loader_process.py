@@ -33,6 +33,7 @@ def process_options(num_processes: int, timeout_s: float) -> dict[str, Any]:
     """
     if num_processes == 0:
         return {"num_workers": 0}
+    util.get_temp_dir()  # made before the loader processes, which share it then and delete it
     # Forking a process that runs gloo, NCCL or Ray threads can deadlock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["memseg_dist.data.loader"])

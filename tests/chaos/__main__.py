@@ -7,7 +7,9 @@ Two DeepSpeed workers with loader processes, a memory, evaluation and MLflow, as
 on Ray. Victims: the driver, a worker, a loader process, the fork server, the whole process group,
 at a random step or while the run starts. Once mlflow.db is deleted, once the run is asked to stop.
 At the end every weight and every loss must be those of the run that nobody disturbed, MLflow must
-have one run with each step once, and no process or temporary file may be left.
+have one run with each step once, and no process or temporary file may be left. Where a whole
+process group is killed nobody is there to clean up: each of its workers may leave the folder of its
+fork server's sockets, and Python's semaphores of 32 bytes.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ MARK = "MEMSEG_CHAOS"
 PATIENCE_S = 600.0
 """How long anything may take: a run that hangs is a failure."""
 JOB = Path(__file__).with_name("job.py")
+LOSS = "losses/all"
+"""MLflow's name of it."""
 
 
 @dataclass
@@ -196,14 +200,20 @@ def tracked_steps(storage: str) -> list[list[int]]:
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = [run.info.run_id for run in client.search_runs(ids)]
-    return [sorted(m.step for m in client.get_metric_history(run, "loss")) for run in runs]
+    return [sorted(m.step for m in client.get_metric_history(run, LOSS)) for run in runs]
 
 
 def left_over(folder: Path, storage: str) -> list[str]:
     """Temporary files: in TMPDIR, and unfinished ones where the run wrote."""
-    mine = [*Path(folder, "tmp").rglob("*"), *Path(storage).rglob("*.tmp")]
+    others = [p for p in Path(folder, "tmp").glob("*") if not p.name.startswith("pymp-")]
+    mine = [*others, *Path(storage).rglob("*.tmp")]
     torn = [p for p in Path(storage).glob("*/checkpoints/*") if not (p / "manifest.json").exists()]
-    return sorted(str(path) for path in {*mine, *torn} if not path.is_dir() or path in torn)
+    return sorted(map(str, [*mine, *torn]))
+
+
+def sockets(folder: Path) -> int:
+    """Folders of sockets in TMPDIR."""
+    return len([*Path(folder, "tmp").glob("pymp-*")])
 
 
 def main() -> None:
@@ -234,6 +244,7 @@ def main() -> None:
             )
             calm = Victim(replace(config, storage=str(folder / f"{launcher}-calm")), folder)
             calm_code = finish(calm)
+            before = sockets(folder)
             victim = Victim(config, folder)
             killed = torment(victim, kills, choice)
             stopped, ended = stop(victim), finish(victim)
@@ -245,6 +256,7 @@ def main() -> None:
             hashes, losses = content(config)
             calm_hashes, calm_losses = content(calm.config)
             files = left_over(folder, config.storage)
+            folders = sockets(folder) - before
             checks = {
                 "exit codes 0, 75, 0": (calm_code, stopped, ended) == (0, os.EX_TEMPFAIL, 0),
                 "weights, optimizer, memory bitwise": hashes == calm_hashes,
@@ -252,19 +264,20 @@ def main() -> None:
                 "one MLflow run, each step once": tracked_steps(config.storage)
                 == [list(range(1, config.steps + 1))],
                 "no process left": not alive,
-                "no temporary file left": not files,
+                "no temporary file left": not files
+                and folders <= config.launch.workers_range[1] * killed["process group"],
             }
             failures += [f"{launcher}: {name}" for name, holds in checks.items() if not holds]
             what = ", ".join(f"{count} {role}" for role, count in sorted(killed.items()))
             rows.append(
                 f"| {launcher} | {killed.total()} ({what}) | {config.steps} | "
-                f"{sum(map(len, alive.values()))} | {len(files)} | "
+                f"{sum(map(len, alive.values()))} | {len(files)} + {folders} | "
                 f"{time.monotonic() - started:.0f} s |"
             )
             rows += [f"  {'yes' if holds else 'NO '} {name}" for name, holds in checks.items()]
             if files or alive:
                 print(files[:20], alive, flush=True)
-        print("| launcher | kills | steps | processes left | temporary files left | time |")
+        print("| launcher | kills | steps | processes left | temporary files + sockets left | time |")
         print("| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")
         print(f"entries of /dev/shm: {shared_memory} before, {len(os.listdir('/dev/shm'))} after")
     except BaseException:

@@ -27,7 +27,8 @@ if __name__ == "__main__":
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
     signal.signal(signal.SIGINT, lambda *_: heard.append("INT"))
-    for step, _ in enumerate(loader_of(sys.argv[2]).steps(0, 10**6)):
+    loader = loader_of(sys.argv[2], num_processes=int(sys.argv[3]))
+    for step, _ in enumerate(loader.steps(0, 10**6)):
         if step == 0 or len(heard) == 2:  # from then on, a step a line
             print(step, flush=True)
             sys.stdin.readline()
@@ -37,15 +38,21 @@ if __name__ == "__main__":
 def loader_of(root: str | Path, **changes) -> TrainLoader:
     augment = AugmentConfig(resize=(64, 48), crop=32)
     source = Source("masks", str(root), "masks", 1, 2, augment)
-    return TrainLoader((source,), SPACE, seed=5, num_processes=2, **changes)
+    return TrainLoader((source,), SPACE, seed=5, **{"num_processes": 2, **changes})
 
 
-def test_they_outlive_a_stop_signal_and_end_with_a_killed_worker(masks_root, tmp_path):
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_they_outlive_a_stop_signal_and_end_with_a_killed_worker(
+    masks_root, tmp_path, num_processes
+):
+    temporary = tmp_path / "t"
+    temporary.mkdir()
     script = tmp_path / "script.py"
     script.write_text(READING)
-    command = [sys.executable, str(script), str(TESTS), str(masks_root)]
+    command = [sys.executable, str(script), str(TESTS), str(masks_root), str(num_processes)]
     worker = subprocess.Popen(
         command,
+        env=os.environ | {"TMPDIR": str(temporary)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -55,7 +62,7 @@ def test_they_outlive_a_stop_signal_and_end_with_a_killed_worker(masks_root, tmp
     assert worker.stdin and worker.stdout and worker.stderr
     assert worker.stdout.readline() == "0\n"
     helpers = psutil.Process(worker.pid).children(recursive=True)
-    assert len(helpers) >= 4  # resource tracker, fork server, two loader processes
+    assert len(helpers) >= 2 + num_processes  # resource tracker and fork server beside the loaders
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         os.killpg(worker.pid, stop_signal)  # everyone, as Ctrl-C and batch systems do
     for _ in range(20):  # more than was read ahead
@@ -67,6 +74,7 @@ def test_they_outlive_a_stop_signal_and_end_with_a_killed_worker(masks_root, tmp
     wait_until(lambda: not any(map(is_alive, helpers)))
     assert "Traceback" not in worker.stderr.read()
     worker.wait()
+    assert not list(temporary.iterdir())
 
 
 def test_a_read_that_hangs_is_named_and_ended(masks_root, tmp_path):
