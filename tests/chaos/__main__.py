@@ -277,7 +277,7 @@ def main() -> None:
             rows += [f"  {'yes' if holds else 'NO '} {name}" for name, holds in checks.items()]
             if files or alive:
                 print(files[:20], alive, flush=True)
-        print("| launcher | kills | steps | processes left | temporary files + sockets left | time |")
+        print("| launcher | kills | steps | processes left | files + sockets left | time |")
         print("| --- | --- | --- | --- | --- | --- |", *rows, sep="\n")
         print(f"entries of /dev/shm: {shared_memory} before, {len(os.listdir('/dev/shm'))} after")
     except BaseException:
