@@ -63,6 +63,14 @@ def run_until_asked(config_json, context, *, ready):
     return {"stopped": True}
 
 
+def never_stop(config_json, context, *, ready):
+    """In the middle of a step that takes for ever."""
+    dist.all_reduce_sum(torch.zeros(1))
+    Path(ready).touch()
+    time.sleep(300)
+    return {}
+
+
 def never_come(config_json, context):
     """The last worker hangs before a collective."""
     impatient = torch_dist.new_group(timeout=timedelta(seconds=3))
@@ -71,6 +79,33 @@ def never_come(config_json, context):
             time.sleep(300)
         torch_dist.all_reduce(torch.zeros(1), group=impatient)
     return {}
+
+
+def start(folder: Path, worker, workers: int) -> subprocess.Popen[str]:
+    """A driver, in a process group of its own, whose `worker` has begun. Prints the result."""
+    ready, script = folder / "ready", folder / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import functools, sys
+            sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]
+            from test_local import {worker.__name__}
+            from memseg_dist.platforms import local
+            if __name__ == "__main__":
+                worker = functools.partial({worker.__name__}, ready={str(ready)!r})
+                print(local.run(worker, "", {workers}, use_gpu=False))
+            """
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(ready.exists)
+    return process
 
 
 def children() -> list[psutil.Process]:
@@ -145,28 +180,23 @@ def test_a_lone_worker_raises_its_own_error():
 def test_a_stop_signal_to_the_process_group_asks_every_worker_to_leave(
     tmp_path, workers, stop_signal
 ):
-    ready = tmp_path / "ready"
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import functools, sys
-            sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]
-            from test_local import run_until_asked
-            from memseg_dist.platforms import local
-            if __name__ == "__main__":
-                worker = functools.partial(run_until_asked, ready={str(ready)!r})
-                print(local.run(worker, "", {workers}, use_gpu=False))
-            """
-        )
-    )
-    process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    wait_for(ready.exists)
-    os.killpg(process.pid, stop_signal)
-    output, _ = process.communicate(timeout=60)
+    driver = start(tmp_path, run_until_asked, workers)
+    os.killpg(driver.pid, stop_signal)
+    output, _ = driver.communicate(timeout=60)
     assert output.strip() == "{'stopped': True}"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_second_ctrl_c_ends_at_once(tmp_path, workers):
+    driver = start(tmp_path, never_stop, workers)
+    helpers = psutil.Process(driver.pid).children(recursive=True)
+    assert driver.stderr
+    os.killpg(driver.pid, signal.SIGINT)
+    assert driver.stderr.readline() == "\n"
+    assert "a checkpoint is saved first" in driver.stderr.readline()
+    os.killpg(driver.pid, signal.SIGINT)
+    assert "KeyboardInterrupt" in driver.communicate(timeout=30)[1]
+    wait_for(lambda: not any(map(is_alive, helpers)), timeout_s=20)
 
 
 def test_stop_signals_that_interrupt_each_other_are_heeded():
@@ -187,25 +217,10 @@ def test_stop_signals_that_interrupt_each_other_are_heeded():
 
 
 def test_workers_die_with_a_killed_parent(tmp_path):
-    ready = tmp_path / "ready"
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import functools, sys
-            sys.path[:0] = [{str(REPOSITORY)!r}, {str(Path(__file__).parent)!r}]
-            from test_local import run_until_asked
-            from memseg_dist.platforms import local
-            if __name__ == "__main__":
-                local.run(functools.partial(run_until_asked, ready={str(ready)!r}), "", 2, False)
-            """
-        )
-    )
-    process = subprocess.Popen([sys.executable, script])
-    wait_for(ready.exists)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
+    driver = start(tmp_path, run_until_asked, 2)
+    workers = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate()
     assert len(workers) >= 2
     wait_for(lambda: not any(map(is_alive, workers)), timeout_s=20)
 
