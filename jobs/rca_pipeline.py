@@ -46,8 +46,9 @@ SEGMENTER_OPTIMIZER = OptimizerConfig(
 class RCAOptions(PipelineOptions):
     """RCA from image labels to a segmenter."""
 
-    preset: Literal["paper", "released"] = "paper"
-    """Choices where the paper and its public code differ; see methods/rca."""
+    preset: Literal["decided", "paper", "released"] = "decided"
+    """Where the paper is silent or its public code differs: as methods/rca decides, with the bare
+    products of the paper's attention, or as the code has it."""
     baseline: bool = False
     """The classifier without memory: the same maps, fusion and segmenter."""
     saliency: str | None = None
@@ -81,6 +82,8 @@ def rca_stages(
     """
     method, sources = classifier.method, classifier.sources
     assert isinstance(method, RCAConfig)
+    if options.preset == "paper":
+        method = replace(method, attention_scale="raw")
     if options.preset == "released":
         method = released(method)
     if options.baseline:

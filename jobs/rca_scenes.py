@@ -16,13 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rca_pipeline import RCAOptions, rca_stages
-from scenes_setup import BACKBONE, NUM_OBJECTS
+from scenes_setup import BACKBONE, NUM_OBJECTS, OPTIMIZER
 
 from memseg_dist.config import (
     Intervals,
     LaunchConfig,
     LoaderConfig,
-    OptimizerConfig,
     ValidationConfig,
 )
 from memseg_dist.data.augment import AugmentConfig
@@ -68,7 +67,7 @@ def stages(options: Options) -> dict[str, Stage]:
         backbone=replace(BACKBONE, pretrained=options.backbone),
         validation=ValidationConfig(val, mode="whole", resize=(96, 96), exclude=(BACKGROUND,)),
         steps=940,
-        optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.01, warmup_steps=30),
+        optimizer=OPTIMIZER,
         loader=LoaderConfig(processes=1),
         every=Intervals(log=47, evaluate=470, checkpoint=470),
     )

@@ -20,6 +20,11 @@ BACKBONE = BackboneConfig(
 AUGMENT = AugmentConfig(resize=(96, 96), scale_range=(1.0, 1.0), crop=96, photometric=False)
 """Flips alone: the scenes draw their own scales, colours and light."""
 
+OPTIMIZER = OptimizerConfig(
+    "adamw", lr=1e-2, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.1
+)
+"""Heads at ten times the rate of the pretrained backbone."""
+
 
 @dataclass(frozen=True)
 class ScenesOptions(JobOptions):
@@ -56,9 +61,7 @@ class ScenesOptions(JobOptions):
 
 FEW_STEPS: dict[str, Any] = {
     "steps": 600,
-    "optimizer": OptimizerConfig(
-        "adamw", lr=1e-2, weight_decay=0.01, warmup_steps=30, backbone_lr_scale=0.1
-    ),
+    "optimizer": OPTIMIZER,
     "loader": LoaderConfig(processes=1),
     "every": Intervals(log=25, evaluate=300, checkpoint=300),
 }

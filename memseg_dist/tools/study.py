@@ -77,11 +77,13 @@ def print_scores(title: str, results: Mapping[str, Sequence[Mapping[str, float]]
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation of several."""
-    if not values:
+    """Mean, and standard deviation of several; without those that are no number, and how many."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
         return "-"
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    share = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):.2f}{spread}{share}"
 
 
 def show(
@@ -125,10 +127,15 @@ def run_all(
     """`train(study, variant, seed)` for all of `todo`, each in a process of one thread.
 
     A row holds "variant", "seed" and figures. Rows are appended to `file` as they come; those that
-    it has already are not made again. Returns all rows of the file.
+    it has already are not made again. Returns all rows of the file. A run that fails is raised once
+    the others are done.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a kill cuts the last one short
+    file.write_text("".join(whole))
+    done = [json.loads(line) for line in whole]
+    failures: list[BaseException] = []
     known = {(row["variant"], row["seed"]) for row in done}
     missing = [item for item in todo if item[1:] not in known]
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker)
@@ -136,9 +143,14 @@ def run_all(
         futures = [pool.submit(train, *item) for item in missing]
         console = Console(stderr=True)
         for future in track(as_completed(futures), "runs", len(futures), console=console):
+            if (failure := future.exception()) is not None:
+                failures.append(failure)
+                continue
             done.append(future.result())
             with file.open("a") as stream:
                 stream.write(json.dumps(done[-1]) + "\n")
+    if failures:
+        raise failures[0]
     return done
 
 
@@ -167,8 +179,12 @@ def _start_worker() -> None:
 
 
 def paired(rows: Sequence[Row], variant: str, against: str, figure: str) -> list[float]:
-    """Differences of a figure of two variants, seed by seed."""
-    score = {(row["variant"], row["seed"]): row[figure] for row in rows if figure in row}
+    """Differences of a figure of two variants, seed by seed, where both have it."""
+    score = {
+        (row["variant"], row["seed"]): row[figure]
+        for row in rows
+        if not math.isnan(row.get(figure, math.nan))
+    }
     seeds = sorted({row["seed"] for row in rows})
     return [
         score[variant, seed] - score[against, seed]

@@ -17,8 +17,8 @@ AttentionScale = Literal["sqrt_dim", "raw", "cosine"]
 class PrototypeAttention(nn.Module):
     """Eq. 7, 8: S = softmax(scale F Q^T), F' = S Q. No weights; Q takes no gradient.
 
-    scale "raw": 1 (the paper); "sqrt_dim": 1 / sqrt(D), since products of ReLU features saturate a
-    softmax; "cosine": of unit vectors, over `temperature`. Fused: no [positions, P] map is kept.
+    scale "raw": 1 (the paper), a softmax that picks one prototype or two; "sqrt_dim": 1 / sqrt(D),
+    of many; "cosine": of unit vectors, over `temperature`. Fused: no [positions, P] map is kept.
     """
 
     def __init__(self, scale: AttentionScale = "sqrt_dim", temperature: float = 0.07) -> None:
