@@ -148,7 +148,10 @@ class Backbone(nn.Module):
         below, right = -height % self._deepest_stride, -width % self._deepest_stride
         if below or right:
             pixels = F.pad(pixels, (0, right, 0, below))
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+        # no cache: torch 2.8 gives weights that it cast under no_grad to a later pass with gradient
+        with torch.autocast(
+            pixels.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
+        ):
             if self._is_transformer:
                 maps = self.net.forward_intermediates(
                     pixels, indices=list(self._indices), norm=True, stop_early=True,

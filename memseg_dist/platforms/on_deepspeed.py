@@ -86,7 +86,7 @@ class DeepSpeedEngine:
     def __init__(self, method: Method, config: RunConfig, device: torch.device) -> None:
         deepspeed = import_deepspeed(device)
         join_group_of_one(device.type == "cuda")  # DeepSpeed wants a group, even of one
-        self.method, self.config = method, config
+        self.method, self.config, self._device = method, config, device
         self._named = optim.trainable(method)
         num_parameters = sum(parameter.numel() for parameter in self._named.values())
         # DeepSpeed sends parameters as bytes when it starts, and cannot view a scalar as bytes;
@@ -146,7 +146,8 @@ class DeepSpeedEngine:
         if self._is_sharded:
             self._engine.step()
             self._reshape_scalars(())
-            return torch.as_tensor(self._engine.get_global_grad_norm())
+            norm = self._engine.get_global_grad_norm()
+            return torch.as_tensor(norm, device=self._device)  # one that is not finite is a number
         clip_norm = self.config.optimizer.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), clip_norm)
         self._engine.step()

@@ -477,3 +477,12 @@ def test_an_event_of_no_positive_weight_is_not_written(rule, weight):
         bank.propose([0, 1], torch.ones(2, 3), Clock(step), weight=torch.tensor(weights))
         bank.commit(Clock(step))
     assert bank.updates.tolist() == [1, 0] and bank.rows.tolist() == [[1.0] * 3, [0.0] * 3]
+
+
+def test_means_of_many_classes_are_read_in_parts(monkeypatch):
+    bank = new_bank(("rings", "overwrite"), "sharded")
+    feed(bank, 0, 2)
+    whole = ClassMeans(bank)
+    monkeypatch.setattr("memseg_dist.memory.means.CLASSES", 2)
+    parts = ClassMeans(bank)
+    assert torch.equal(parts.means, whole.means) and torch.equal(parts.counts, whole.counts)
