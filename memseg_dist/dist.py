@@ -111,6 +111,13 @@ def naming_absent_ranks() -> Iterator[None]:
 
 def _absent_ranks(error: str) -> list[int]:
     """Empty unless it was a timeout, here or elsewhere."""
+    try:
+        return _call_the_roll(error)
+    except RuntimeError:  # the store is gone, with the rank that held it: the error says more
+        return []
+
+
+def _call_the_roll(error: str) -> list[int]:
     store = torch_dist.distributed_c10d._get_default_store()
     store.set_timeout(timedelta(seconds=ROLL_CALL_S))
     store.set(f"failed/{rank()}", "")

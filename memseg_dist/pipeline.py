@@ -34,7 +34,7 @@ from memseg_dist.data.schema import INDEX_NAME
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.launch import build_mlflow, launch, provenance
 from memseg_dist.nn.weights import fetch_weights
-from memseg_dist.platforms.process import RunFailed
+from memseg_dist.platforms.process import RunFailed, outlive_readers, stop_was_asked
 from memseg_dist.stages import ExportConfig, LabelConfig, Stage, read_by, resolved, result_of
 from memseg_dist.tools import miniature
 from memseg_dist.tools.export import export_backbone
@@ -110,6 +110,7 @@ def main(
     is_ours = arguments is None  # this process, which ends with the job
     try:
         if is_ours:
+            outlive_readers()
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         options, described = parse(kind, stages, description, arguments)
         selected = options.select([*described])
@@ -185,7 +186,9 @@ def run_stages(
         if len(stages) > 1:
             print(f"stage {number} of {len(names)}: {name}", flush=True)
         if isinstance(stage, RunConfig):
-            if launch(stage)["status"] != "finished":
+            status = launch(stage)["status"]
+            # a signal may come after the last step, too late for the run
+            if status != "finished" or (stop_was_asked() and number < len(names)):
                 return False
         elif isinstance(stage, LabelConfig):
             run_labels(stage, stages, may_be_unknown)
@@ -257,8 +260,8 @@ def run_labels(stage: LabelConfig, stages: Mapping[str, Stage], may_be_unknown: 
         tracker = build_mlflow(run, provenance())
     try:
         report = label(stage, tracker)
-    except BaseException:
-        tracker.finish("failed")
+    except BaseException as error:
+        tracker.finish("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     tracker.finish("finished")
     print(report, flush=True)

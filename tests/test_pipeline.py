@@ -15,6 +15,7 @@ import pytest
 import toy_job
 from safetensors.torch import load_file
 
+from memseg_dist import pipeline
 from memseg_dist.config import RunConfig, ValidationConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.index import Index
@@ -27,7 +28,9 @@ from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.nn.backbone import BackboneConfig, build_backbone
 from memseg_dist.pipeline import JobOptions, main, parse, run_stages
+from memseg_dist.platforms import process
 from memseg_dist.stages import ExportConfig, LabelConfig, read_by, resolved, result
+from memseg_dist.tools.export import export_backbone
 from memseg_dist.tools.miniature import draw, draw_miniature, draw_split, shrunk
 
 TOYS = toy_job.vocabularies(toy_job.Options())["toys"]
@@ -398,3 +401,49 @@ def test_the_pseudo_labels_figures_go_to_the_run_of_their_weights(folder):
     (run,) = client.search_runs([client.get_experiment_by_name("memseg-dist").experiment_id])
     assert run.info.run_name == "single" and run.info.status == "FINISHED"
     assert {"pseudo labels/images", "losses/all"} <= run.data.metrics.keys()
+
+
+def test_a_stop_that_comes_after_the_last_step_keeps_the_next_stage_from_starting(monkeypatch):
+    launched = []
+
+    def finish_too_soon(config: RunConfig) -> dict:
+        with process.heeding_stop_signals(lambda: None):
+            os.kill(os.getpid(), signal.SIGTERM)
+        launched.append(config.name)
+        return {"status": "finished"}
+
+    monkeypatch.setattr(pipeline, "launch", finish_too_soon)
+    monkeypatch.setattr(pipeline, "check_weights", lambda name, stages: None)
+    run = toy_job.stages(toy_job.Options())["train"]
+    stages = {"first": replace(run, name="a"), "second": replace(run, name="b")}
+    assert not run_stages(stages) and launched == ["a"]
+    assert run_stages({"only": run})  # which is done
+
+
+def test_labels_that_are_stopped_end_as_a_stopped_run(folder, monkeypatch, capsys):
+    toy("--until", "train")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("memseg_dist.tools.build.track", interrupt)
+    monkeypatch.setattr(pipeline, "export_backbone", lambda stage: None)
+    run = parsed()["train"]
+    stages = {"train": run, "labels": LabelConfig(run.directory, "data", "out", ArgmaxLabeller())}
+    with pytest.raises(SystemExit) as caught:
+        main(toy_job.Options, lambda _: stages, toy_job.vocabularies, "", ("--start-at", "labels"))
+    assert caught.value.code == os.EX_TEMPFAIL
+    assert "whole shards are kept" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_exported(folder):
+    toy("--until", "train")
+    run = parsed()["train"]
+    weights = max(Path(run.directory).glob("checkpoints/*/model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{weights} is damaged"):
+        export_backbone(ExportConfig(run.directory, "out.safetensors"))
+    assert not list(Path().glob("*out*"))

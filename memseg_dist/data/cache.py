@@ -93,7 +93,10 @@ class ShardCache:
         for leftover in self.dir.glob(".*.tmp"):
             if not _is_locked(leftover):
                 leftover.unlink(missing_ok=True)  # of a process that was killed
-        used = sum(path.stat().st_size for path in self.dir.glob(".*.tmp"))
+        used = 0
+        for unfinished in self.dir.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # its download has failed just now
+                used += unfinished.stat().st_size
         held = [(path.stat(), path) for path in self.dir.glob("*.data")]
         used += sum(status.st_size for status, _ in held)
         for status, path in sorted(held, key=lambda item: item[0].st_mtime_ns):
@@ -106,7 +109,7 @@ class ShardCache:
 
 def _is_locked(path: Path) -> bool:
     try:
-        with open(path, "rb") as stream:
+        with open(path, "r+b") as stream:  # NFS locks only what can be written
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -42,13 +42,14 @@ class EvalDataset(Dataset[EvalItem]):
         *,
         keep_ratio: bool = True,
         cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         cache = Path(cache_dir or default_cache())
         source = Source(source_name, str(path), "masks")
         self.index = Index.open(path, cache)
         to_union = label_space.ids(source_name)
         check_source(source, self.index, len(to_union))
-        shards = ShardCache(cache / "shards", DEFAULT_CACHE_BYTES)
+        shards = ShardCache(cache / "shards", cache_bytes)
         self._reader = Reader(self.index, shards, to_union)
         self._resize, self._keep_ratio = resize, keep_ratio
 

@@ -108,6 +108,8 @@ def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool, timeou
                     processes.append(child)
                 theirs.close()
                 pipes.append(ours)
+            if process.stop_was_asked():  # when some of them were not there yet
+                ask_to_stop()
             return _first_result(processes, pipes)
         finally:
             for child in processes:
@@ -167,6 +169,26 @@ def _serve(
     timeout_s: float,
     pipe: Connection,
 ) -> None:
+    try:
+        outcome: dict | Failure = _work(worker, config_json, rank, size, port, gpu, timeout_s)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the parent is to tell the user
+        outcome = Failure.of(error)
+    pipe.send(outcome)
+    if isinstance(outcome, Failure):
+        os._exit(1)  # without waiting for peers that wait for us
+    process.leave_group()
+
+
+def _work(
+    worker: Worker,
+    config_json: str,
+    rank: int,
+    size: int,
+    port: int,
+    gpu: bool,
+    timeout_s: float,
+) -> dict:
+    process.outlive_readers()
     context = LocalContext(rank, size, _device(rank, gpu))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks us
     signal.signal(signal.SIGTERM, lambda number, frame: context.ask_to_stop())
@@ -176,22 +198,15 @@ def _serve(
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _loopback()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    try:
-        store = torch_dist.TCPStore("127.0.0.1", port, is_master=False)
-        torch_dist.init_process_group(
-            process.backend(gpu),
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout_s),
-        )
-        outcome: dict | Failure = worker(config_json, context)
-    except Exception as error:  # noqa: BLE001 - whatever it was, the parent is to tell the user
-        outcome = Failure.of(error)
-    pipe.send(outcome)
-    if isinstance(outcome, Failure):
-        os._exit(1)  # without waiting for peers that wait for us
-    process.leave_group()
+    store = torch_dist.TCPStore("127.0.0.1", port, is_master=False)
+    torch_dist.init_process_group(
+        process.backend(gpu),
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return worker(config_json, context)
 
 
 def _device(local_rank: int, gpu: bool) -> torch.device:

@@ -20,14 +20,13 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
 
-import fsspec
 import numpy as np
 from PIL import Image
 
 from memseg_dist.data.files import exists, read_bytes
 from memseg_dist.train.overview import Overview
 from memseg_dist.train.platform import Tracker, picture_path
-from memseg_dist.train.storage import read_json
+from memseg_dist.train.storage import read_json, replace_file
 from memseg_dist.train.validate import EVALUATION
 
 RUN_FILE = "mlflow_run.json"
@@ -179,7 +178,9 @@ class MlflowTracker(Tracker):
             self.num_dropped += 1
 
     def _work(self) -> None:
-        self._repeat(self._open, attempts=None)
+        if self._repeat(self._open, attempts=None):
+            for first in (self._catch_up, self._monitor_system):
+                self._repeat(first, ATTEMPTS)
         while (call := self._pending.get()) is not None:
             if self.run_id is None or not self._repeat(call, ATTEMPTS):
                 self.num_dropped += 1
@@ -219,9 +220,9 @@ class MlflowTracker(Tracker):
         if run_id is None:
             run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
             run_id = run.info.run_id
-            with fsspec.open(self._run_file, "w", auto_mkdir=True) as file:
-                entry = {"run_id": run_id, "experiment_id": run.info.experiment_id}
-                json.dump({**entry, "tracking_uri": self._uri}, file)
+            entry = {"run_id": run_id, "experiment_id": run.info.experiment_id}
+            content = json.dumps({**entry, "tracking_uri": self._uri})
+            replace_file(self._run_file, content.encode())
         else:
             run = self._client.get_run(run_id)
             self._client.update_run(run_id, status="RUNNING")
@@ -230,22 +231,24 @@ class MlflowTracker(Tracker):
         for key, value in self._tags.items():
             self._client.set_tag(run_id, key, value)
         self.run_id = run_id
+
+    def _catch_up(self) -> None:
         if self._history is not None:
             self._write_rows(_read_history(self._history))
+
+    def _monitor_system(self) -> None:
         if self._wants_system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self._monitor = SystemMetricsMonitor(
-                run_id, resume_logging=True, tracking_uri=self._uri
+                self.run_id, resume_logging=True, tracking_uri=self._uri
             )
             self._monitor.start()
 
     def _stored_run_id(self) -> str | None:
         """None also when the file is of another tracking server."""
-        if not exists(self._run_file):
-            return None
-        entry = read_json(self._run_file)
-        return entry["run_id"] if entry["tracking_uri"] == self._uri else None
+        entry = _read_entry(self._run_file)
+        return entry["run_id"] if entry.get("tracking_uri") == self._uri else None
 
     def _has_run(self, run_id: str) -> bool:
         """False if the store was deleted, or the run in it."""
@@ -376,12 +379,19 @@ def _shortened(value: str) -> str:
     return value if len(value) <= MAX_VALUE else f"{value[: MAX_VALUE - 3]}..."
 
 
+def _read_entry(path: str) -> dict[str, Any]:
+    """What `mlflow_run.json` says; empty if it is not there or damaged."""
+    try:
+        return read_json(path) if exists(path) else {}
+    except ValueError:
+        return {}
+
+
 def run_page(directory: str, uri: str) -> str | None:
     """The address of a run's page; None if it has none. MLflow opens for traces of language models
     unless an address says otherwise.
     """
-    path = f"{directory.rstrip('/')}/{RUN_FILE}"
-    entry = read_json(path) if exists(path) else {}
+    entry = _read_entry(f"{directory.rstrip('/')}/{RUN_FILE}")
     if "experiment_id" not in entry:
         return None
     server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"

@@ -16,13 +16,14 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def _fit(trainer: TorchTrainer, stop_key: str) -> Any:
         try:
             return outcome.result()
         finally:
-            _internal_kv_del(stop_key)
+            with suppress(Exception):  # a cluster that is gone must not hide how the run ended
+                _internal_kv_del(stop_key)
 
 
 @contextmanager
@@ -205,13 +207,16 @@ def connect(config: RunConfig) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says it is on
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.launch.address or os.environ.get("RAY_ADDRESS")
+    heeded = signal.getsignal(signal.SIGTERM)
     if address is None:
         _cpus_started = max(os.cpu_count() or 1, wanted)
         ray.init(address="local", num_cpus=_cpus_started)
-        return
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    # a job brings its working directory; otherwise other machines get this very package
-    ray.init(address=address, runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]})
+    else:
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        # a job brings its working directory; otherwise other machines get this very package
+        ray.init(address=address, runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]})
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, heeded)  # Ray exits with 15 on it
 
 
 def _run_worker(arguments: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as torch_dist
@@ -72,6 +73,57 @@ def summary_of(failures: Mapping[int, Failure]) -> str:
     return "\n".join(lines)
 
 
+class _Stop:
+    was_asked = False
+
+
+_stop = _Stop()
+
+
+def stop_was_asked() -> bool:
+    """Whether a signal has asked to stop since `heeding_stop_signals` began the last time: it may
+    have come too late for the run that heard it.
+    """
+    return _stop.was_asked
+
+
+class _Outlet:
+    """A stream whose text goes nowhere once it cannot be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._until_it_breaks():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._until_it_breaks():
+            self._stream.flush()
+
+    @contextmanager
+    def _until_it_breaks(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def outlive_readers() -> None:
+    """Lets this process go on when nobody reads its output any more: Ctrl-C ends the `tee` of
+    `job | tee log` first, and a closed terminal must not cost a checkpoint.
+    """
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), _Outlet):
+            setattr(sys, name, _Outlet(stream))
+
+
 @contextmanager
 def heeding_stop_signals(ask_to_stop: Callable[[], object]) -> Iterator[None]:
     """Within, SIGTERM and Ctrl-C call `ask_to_stop`; a second Ctrl-C is a KeyboardInterrupt.
@@ -85,10 +137,13 @@ def heeding_stop_signals(ask_to_stop: Callable[[], object]) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        text = b"\nstopping: a checkpoint is saved first (Ctrl-C again: it is not)\n"
-        os.write(2, text)  # `print` may be what was interrupted
+        _stop.was_asked = True
         ask_to_stop()
+        text = b"\nstopping: a checkpoint is saved first (Ctrl-C again: it is not)\n"
+        with suppress(OSError):  # nobody may be reading any more
+            os.write(2, text)  # `print` may be what was interrupted
 
+    _stop.was_asked = False
     before = [signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
         yield

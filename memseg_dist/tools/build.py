@@ -138,6 +138,8 @@ def command_line(
         build(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def build_pictures(
@@ -197,8 +199,8 @@ def build_dataset(
             pass
     except KeyboardInterrupt:
         console.print("stopped; whole shards are kept: run the same command to go on")
-        raise SystemExit(130) from None
-    notes = [_read_note(root, number) or {} for number in range(len(tasks))]
+        raise
+    notes = [_note_of(root, number) for number in range(len(tasks))]
     skipped = tuple((key, reason) for note in notes for key, reason in note["skipped"])
     skipped += tuple((item.key, item.reason) for item in left_out)
     if not any(note["num_samples"] for note in notes):
@@ -236,6 +238,16 @@ def _build_shard(root: Path, number: int, task: ShardTask, num_classes: int) -> 
         num_samples = write_shard(root, number, chain([first], samples), num_classes=num_classes)
     note = {"num_samples": num_samples, "skipped": skipped}
     write_atomically(_note_path(root, number), json.dumps(note).encode())
+
+
+def _note_of(root: Path, number: int) -> dict[str, Any]:
+    note = _read_note(root, number)
+    if note is None:
+        raise ValueError(
+            f"{_note_path(root, number)} is not there, although its shard was built: does every "
+            "machine of the cluster see this folder?"
+        )
+    return note
 
 
 def _note_path(root: Path, number: int) -> Path:

@@ -32,16 +32,17 @@ from torch import Tensor
 from memseg_dist import dist
 from memseg_dist.checks import require
 from memseg_dist.config import RunConfig
-from memseg_dist.data.files import filesystem_of, info, join, open_binary
+from memseg_dist.data.files import filesystem_of, join, open_binary, reading
 from memseg_dist.data.splits import split_name
 from memseg_dist.data.vocabulary import LabelSpace
-from memseg_dist.jsonable import decode, encode, flatten
+from memseg_dist.jsonable import decode, encode, flatten, parse
 from memseg_dist.memory.state import Reader, Stateful
 from memseg_dist.train.engine import Engine, EngineState
 from memseg_dist.train.storage import local_copy, read_json, reading_tensors, together
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_MISSING = (FileNotFoundError, NotADirectoryError)
 log = logging.getLogger(__name__)
 
 FREE_KEYS = ("name", "storage", "resume", "validation", "launch", "engine", "tracking", "loader")
@@ -322,14 +323,31 @@ def survey(directory: str) -> dict[str, bool]:
 
 def _is_whole(path: str) -> bool:
     """Whether the manifest is there and every file it lists has its size. What another version
-    wrote counts as whole, so that it is not passed over but refused when it is read.
+    wrote counts as whole, so that it is not passed over but refused when it is read. ValueError if
+    the store does not answer: what cannot be read now is not torn.
     """
     where = join(path, MANIFEST)
+    filesystem, manifest = filesystem_of(where)
+    with reading(where):
+        try:
+            content = filesystem.cat_file(manifest)
+        except _MISSING:
+            return False
     try:
-        value = read_json(where)
-        if value.get("format") != FORMAT:
+        value = parse(content, where)
+        if isinstance(value, dict) and value.get("format") != FORMAT:
             return True
         listed = decode(Manifest, value, where).files
-        return all(info(join(path, name))["size"] == entry.bytes for name, entry in listed.items())
     except ValueError:
         return False
+    return all(_size(join(path, name)) == entry.bytes for name, entry in listed.items())
+
+
+def _size(path: str) -> int | None:
+    """None for a file that is not there."""
+    filesystem, file = filesystem_of(path)
+    with reading(path):
+        try:
+            return filesystem.info(file)["size"]
+        except _MISSING:
+            return None

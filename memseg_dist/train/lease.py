@@ -79,9 +79,12 @@ def holding(directory: str) -> Iterator[None]:
     finally:
         is_over.set()
         heart.join()
-        if _is_of(mine, _read(directory)):
-            filesystem, path = filesystem_of(join(directory, FILE))
-            filesystem.rm_file(path)
+        try:
+            if _is_of(mine, _read(directory)):
+                filesystem, path = filesystem_of(join(directory, FILE))
+                filesystem.rm_file(path)
+        except Exception as error:  # noqa: BLE001 - how the run ended matters more
+            log.warning("cannot give back %s: %s", join(directory, FILE), error)
 
 
 def _lease_of_this_process() -> Lease:

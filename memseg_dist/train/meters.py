@@ -121,12 +121,14 @@ class History:
     """`metrics.jsonl` of a run, for rank 0: one line per log, `step` first.
 
     Lines of steps that a resumed run will do again are dropped. A local file grows line by line; at
-    a URL, where files cannot grow, it is written anew.
+    a URL, where files cannot grow, it is written anew. A line that cannot be written ends no run:
+    it is written with the next one.
     """
 
     def __init__(self, path: str, first_step: int) -> None:
         self._path, self._first_step = path, first_step
         self._lines: list[str] = []
+        self._is_behind = False
 
     def read(self) -> list[dict[str, float]]:
         """Drop the lines after the first step; what is left. OSError if it cannot be written."""
@@ -138,11 +140,16 @@ class History:
 
     def append(self, step: int, figures: Mapping[str, float]) -> None:
         self._lines.append(json.dumps({"step": step, **figures}))
-        if is_url(self._path):
-            self._rewrite()
-        else:
-            with open(self._path, "a") as file:
-                file.write(self._lines[-1] + "\n")
+        try:
+            if is_url(self._path) or self._is_behind:
+                self._rewrite()
+            else:
+                with open(self._path, "a") as file:
+                    file.write(self._lines[-1] + "\n")
+            self._is_behind = False
+        except Exception as error:  # noqa: BLE001 - object stores have errors of their own
+            self._is_behind = True
+            print(f"cannot write {self._path}: {error}; training goes on", flush=True)
 
     def _rewrite(self) -> None:
         replace_file(self._path, "".join(f"{line}\n" for line in self._lines).encode())

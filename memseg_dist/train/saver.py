@@ -106,7 +106,7 @@ class Saver:
             write_json(scratch, MANIFEST, manifest)
             if scratch != target:
                 rename(scratch, target)
-            _tidy(directory, keep)
+            _tidy(directory, keep, target)
 
         self._flight = _Flight(target, commit, self._thread.submit(write))
 
@@ -194,20 +194,22 @@ def _memory_file(name: str, rank: int | None = None) -> str:
     return f"memory-{name}-{rank:05d}-of-{dist.size():05d}.safetensors"
 
 
-def _tidy(directory: str, keep: int) -> None:
-    """Delete all whole checkpoints but the newest, and what killed processes left half written."""
-    checkpoints = survey(directory)
-    whole = [path for path, is_whole in checkpoints.items() if is_whole]
-    for path in checkpoints:
-        if path in whole[-keep:]:
-            continue
-        if path not in whole:
-            log.warning("deleting the incomplete checkpoint %s", path)
-        filesystem, remote = filesystem_of(path)
-        manifest = join(remote, MANIFEST)
-        try:
+def _tidy(directory: str, keep: int, newest: str) -> None:
+    """Delete all whole checkpoints but the last, and what killed processes left half written.
+
+    newest: has just been written and stays. A store that fails ends no run: what is left is deleted
+    with the next checkpoint.
+    """
+    try:
+        checkpoints = survey(directory)
+        whole = [path for path, is_whole in checkpoints.items() if is_whole]
+        for path in checkpoints.keys() - {newest, *whole[-keep:]}:
+            if path not in whole:
+                log.warning("deleting the incomplete checkpoint %s", path)
+            filesystem, remote = filesystem_of(path)
+            manifest = join(remote, MANIFEST)
             if filesystem.exists(manifest):
                 filesystem.rm_file(manifest)  # first: a half-deleted one is not whole
             filesystem.rm(remote, recursive=True)
-        except OSError as error:
-            log.warning("cannot delete the old checkpoint %s: %s", path, error)
+    except Exception as error:  # noqa: BLE001 - object stores have errors of their own
+        log.warning("cannot delete old checkpoints of %s: %s", directory, error)

@@ -134,16 +134,23 @@ def on_rank_0(function: Callable[[], T]) -> T:
 
 
 def together(function: Callable[[], T]) -> list[T]:
-    """function() on every rank: all results, or on all ranks the first's error. Collective."""
-    result, message = None, None
+    """function() on every rank: all results, or on all ranks the first's error. Collective.
+
+    ValueError, or RuntimeError for what is neither the user's nor a file's.
+    """
+    result, message, cause = None, None, None
+    kind: type[Exception] = ValueError
     try:
         result = function()
-    except ValueError as error:
-        message = str(error)
-    except (OSError, SafetensorError) as error:
-        message = f"cannot read or write: {error}"
-    outcomes = dist.all_gather_object((message, result))
-    for rank, (failed, _) in enumerate(outcomes):
+    except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one
+        message, cause = str(error), error
+        if isinstance(error, (OSError, SafetensorError)):
+            message = f"cannot read or write: {error}"
+        elif not isinstance(error, ValueError):  # object stores have errors of their own
+            message, kind = f"{type(error).__name__}: {error}", RuntimeError
+    outcomes = dist.all_gather_object((message, kind, result))
+    for rank, (failed, raised, _) in enumerate(outcomes):
         if failed is not None:
-            raise ValueError(f"worker {rank}: {failed}" if dist.size() > 1 else failed)
-    return [value for _, value in outcomes]  # type: ignore[misc]
+            text = f"worker {rank}: {failed}" if dist.size() > 1 else failed
+            raise raised(text) from (cause if rank == dist.rank() else None)
+    return [value for *_, value in outcomes]  # type: ignore[misc]

@@ -63,6 +63,7 @@ class Validator:
             resize=settings.resize,
             keep_ratio=settings.keep_ratio,
             cache_dir=config.cache_directory,
+            cache_bytes=config.loader.cache_bytes,
         )
 
     def __call__(self, method: Method, tracker: Tracker, step: int) -> dict[str, float]:

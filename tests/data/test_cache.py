@@ -1,5 +1,7 @@
 """The cache of remote shards: bounded, shared by processes, the same bytes."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
@@ -184,3 +186,20 @@ def test_external_shards_behind_a_url_are_indexed_in_the_cache(tmp_path):
     items = EvalDataset("memory://external", SPACE, "masks", cache_dir=tmp_path / "cache")
     local = EvalDataset(tmp_path / "data", SPACE, "masks", cache_dir=tmp_path / "cache")
     assert items[2].image.equal(local[2].image)
+
+
+def test_a_lock_is_asked_for_on_a_file_that_can_be_written(tmp_path, monkeypatch):
+    """NFS refuses others: its locks are those of POSIX."""
+    plain = fcntl.flock
+
+    def of_nfs(stream, operation):
+        if fcntl.fcntl(stream, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        plain(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    urls = remote_files(tmp_path / "remote", 1)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".x.data.1-2.tmp").write_bytes(b"0")
+    with ShardCache(tmp_path / "cache", 2 * SIZE).open(urls[0]) as stream:
+        assert len(stream.read()) == SIZE

@@ -255,3 +255,28 @@ def test_a_gpu_that_is_not_there_is_named():
         pytest.skip("this machine has one")
     with pytest.raises(ValueError, match="use_gpu is True, but torch finds no CUDA device"):
         local.run(add_up, "", 1, use_gpu=True)
+
+
+def test_a_stop_signal_is_heeded_where_nobody_reads_the_output():
+    """`job 2>&1 | tee log` and Ctrl-C: the pipe breaks first."""
+    script = """
+        import os, signal, sys
+        from memseg_dist.platforms import process
+        asked = []
+        process.outlive_readers()
+        with process.heeding_stop_signals(lambda: asked.append(1)):
+            sys.stdin.readline()  # until the pipe is broken
+            os.kill(os.getpid(), signal.SIGINT)
+            print("a line of the run", flush=True)
+        assert process.stop_was_asked()
+        sys.exit(75 if asked == [1] else 1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    reading, writing = os.pipe()
+    driver = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=writing, stderr=writing, cwd=REPOSITORY
+    )
+    os.close(writing)
+    os.close(reading)
+    driver.communicate(b"\n", timeout=60)
+    assert driver.returncode == 75

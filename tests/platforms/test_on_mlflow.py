@@ -265,3 +265,27 @@ def test_a_slow_store_bounds_memory_and_never_blocks(store, tmp_path, monkeypatc
     assert time.monotonic() - start < 0.5
     tracker.finish("finished")
     assert 0 < tracker.num_dropped < 500
+
+
+@pytest.mark.parametrize("content", ["", '{"run_id": "a', "[]"])
+def test_a_half_written_file_of_the_run_is_no_obstacle(store, tmp_path, content):
+    (tmp_path / on_mlflow.RUN_FILE).write_text(content)
+    assert on_mlflow.run_page(str(tmp_path), store[0]) is None
+    tracker = open_tracker(store, tmp_path)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.finish("finished")
+    assert tracker.num_dropped == tracker.num_failures == 0
+    assert on_mlflow.run_page(str(tmp_path), store[0]) is not None
+
+
+def test_a_part_that_fails_does_not_keep_the_figures_from_arriving(store, tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("no such sensor")
+
+    monkeypatch.setattr(on_mlflow, "PAUSE_S", 0.0)
+    monkeypatch.setattr(MlflowTracker, "_monitor_system", fail)
+    tracker = open_tracker(store, tmp_path)
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.finish("finished")
+    run = mlflow.MlflowClient(store[0]).get_run(tracker.run_id)
+    assert run.data.metrics == {"losses/all": 1.0} and tracker.num_dropped == 0

@@ -13,15 +13,22 @@ from train.tiny import Tiny, micro_batches, tiny_config
 
 from memseg_dist import dist
 from memseg_dist.batch import Clock
+from memseg_dist.data.files import filesystem_of
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
 from memseg_dist.memory.layouts import Rings
 from memseg_dist.memory.means import ClassMeans
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.memory.rules import Overwrite
-from memseg_dist.train.checkpoint import Checkpoint, check_same_run, latest, load
+from memseg_dist.train.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    latest,
+    load,
+    whole_checkpoints,
+)
 from memseg_dist.train.engine import TorchEngine
 from memseg_dist.train.saver import save
-from memseg_dist.train.storage import make_writable
+from memseg_dist.train.storage import make_writable, together
 
 LABELS = LabelSpace.union({"source0": Vocabulary((Category("n1", "cat"), Category("n2", "dog")))})
 NUM_CLASSES = 7
@@ -266,3 +273,44 @@ def test_lists_may_move_but_a_split_keeps_its_name(tmp_path):
 def test_trying_a_directory_leaves_nothing_there(tmp_path):
     make_writable(str(tmp_path / "new"))
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [OSError(24, "Too many open files"), KeyError("SlowDown")])
+def test_what_a_store_cannot_read_now_is_neither_passed_over_nor_deleted(monkeypatch, failure):
+    directory = f"memory://{type(failure).__name__}"
+    for step in (1, 2, 3):
+        write(directory, step)
+    store, _ = filesystem_of(directory)
+    plain = type(store).cat_file
+
+    def failing(self, path, *arguments, **options):
+        if path.endswith("step-00000002/manifest.json"):
+            raise failure
+        return plain(self, path, *arguments, **options)
+
+    monkeypatch.setattr(type(store), "cat_file", failing)
+    with pytest.raises(ValueError, match=rf"cannot read {directory}/step-00000002/manifest.json"):
+        latest(directory)
+    write(directory, 4, keep=1)  # it ends no run
+    monkeypatch.undo()
+    assert [path[-1] for path in whole_checkpoints(directory)] == ["1", "2", "3", "4"]
+
+
+def test_what_has_just_been_written_stays(tmp_path):
+    write(str(tmp_path), 9)
+    path, _ = write(str(tmp_path), 3, keep=1)
+    assert path in whole_checkpoints(str(tmp_path))
+
+
+def fail_on_rank_1():
+    def work():
+        if dist.rank() == 1:
+            raise LookupError("of a store")
+
+    with pytest.raises(RuntimeError, match=r"worker 1: LookupError: .*of a store"):
+        together(work)
+    return dist.rank()
+
+
+def test_an_error_of_any_kind_reaches_all(process_pool):
+    assert process_pool(2).run(fail_on_rank_1) == [0, 1]

@@ -92,3 +92,12 @@ def test_a_url_will_do_and_a_damaged_lease_holds_nothing(tmp_path):
     Path(tmp_path, FILE).write_text('{"owner": ')
     with holding(str(tmp_path)):
         pass
+
+
+def test_a_store_that_fails_at_the_end_does_not_hide_how_it_ended(tmp_path, monkeypatch):
+    def fail(directory):
+        raise ConnectionError("gone")
+
+    with pytest.raises(KeyError, match="the cause"), holding(str(tmp_path)):
+        monkeypatch.setattr(lease, "_read", fail)
+        raise KeyError("the cause")

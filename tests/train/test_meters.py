@@ -75,3 +75,17 @@ def test_history_drops_what_is_done_again_and_lines_cut_short(tmp_path, root):
     assert again == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 9.0}]
     assert json.loads(json.dumps(again)) == again
     assert History(path, 0).read() == []
+
+
+def test_a_line_that_cannot_be_written_comes_with_the_next(tmp_path, capsys):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    history = History(str(path), 0)
+    history.read()
+    path.unlink()
+    path.mkdir()
+    history.append(1, {"loss": 1.0})
+    assert f"cannot write {path}" in capsys.readouterr().out
+    path.rmdir()
+    history.append(2, {"loss": 2.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

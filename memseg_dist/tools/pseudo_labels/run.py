@@ -35,6 +35,7 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
         checkpoint=absolute(config.checkpoint),
         data=absolute(config.data),
         truth=config.truth and absolute(config.truth),
+        out=absolute(config.out),  # Ray's tasks run elsewhere
     )
     checkpoint, labeller = find_checkpoint(config.checkpoint), config.labeller
     model = CheckpointModel(checkpoint, config.device)
