@@ -57,6 +57,11 @@ def starting_processes() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def delete_temporary_folder() -> None:
+    """That of the sockets of this process and its loader processes, before an exit at once."""
+    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
+
+
 def next_item(items: Iterator[T], name: Callable[[], str]) -> T:
     """The next item of a DataLoader; ValueError with its name() if it does not come in time."""
     try:
@@ -83,5 +88,5 @@ def _end_with_the_worker() -> None:
         received = signal.sigtimedwait(_STOP_SIGNALS, _LOOK_S)
         if received and (received.si_signo, received.si_pid) == (signal.SIGTERM, worker.pid):
             os._exit(0)
-    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)  # the dead worker's: its sockets
+    delete_temporary_folder()  # the dead worker's
     os._exit(0)

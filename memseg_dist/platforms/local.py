@@ -24,7 +24,7 @@ import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 
 from memseg_dist import dist
-from memseg_dist.data.loader_process import starting_processes
+from memseg_dist.data.loader_process import delete_temporary_folder, starting_processes
 from memseg_dist.platforms import process
 from memseg_dist.platforms.process import Failure, RunFailed
 from memseg_dist.train.platform import Context
@@ -175,6 +175,7 @@ def _serve(
         outcome = Failure.of(error)
     pipe.send(outcome)
     if isinstance(outcome, Failure):
+        delete_temporary_folder()
         os._exit(1)  # without waiting for peers that wait for us
     process.leave_group()
 
@@ -220,6 +221,7 @@ def _die_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
+    delete_temporary_folder()
     os._exit(1)
 
 

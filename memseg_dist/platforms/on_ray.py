@@ -41,6 +41,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from memseg_dist import dist
 from memseg_dist.config import LaunchConfig, RunConfig
+from memseg_dist.data.loader_process import delete_temporary_folder
 from memseg_dist.platforms import process
 from memseg_dist.platforms.process import Failure, RunFailed, WorkerError
 from memseg_dist.train.console import StepBar
@@ -237,6 +238,7 @@ def _run_worker(arguments: dict[str, Any]) -> str:
     except Exception as error:  # noqa: BLE001 - any error is to reach the driver in short
         failure = Failure.of(error)
         print(f"worker {context.rank}: {failure.text}", file=sys.stderr, flush=True)
+        delete_temporary_folder()  # Ray ends this process at once
         raise WorkerError(failure.text, failure.details) from None
     if context.preempted and not context.asked_to_stop:
         _await_teardown()

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from datetime import timedelta
+from multiprocessing import util
 from pathlib import Path
 
 import psutil
@@ -46,6 +47,7 @@ def listening(config_json, context):
 
 def break_on_rank_1(config_json, context, *, how):
     if context.rank == 1:
+        util.get_temp_dir()
         if how == "raise":
             raise ValueError("shard-000003.tar is truncated: draw it again")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -55,6 +57,7 @@ def break_on_rank_1(config_json, context, *, how):
 
 def run_until_asked(config_json, context, *, ready):
     step = 0
+    util.get_temp_dir()  # as loader processes need one
     while not context.should_stop():
         step += 1
         if context.rank == 0 and step == 2:
@@ -84,6 +87,7 @@ def never_come(config_json, context):
 def start(folder: Path, worker, workers: int) -> subprocess.Popen[str]:
     """A driver, in a process group of its own, whose `worker` has begun. Prints the result."""
     ready, script = folder / "ready", folder / "script.py"
+    (folder / "tmp").mkdir()
     script.write_text(
         textwrap.dedent(
             f"""
@@ -103,6 +107,7 @@ def start(folder: Path, worker, workers: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env=os.environ | {"TMPDIR": str(folder / "tmp")},
     )
     wait_for(ready.exists)
     return process
@@ -154,11 +159,13 @@ def test_a_group_of_workers_shares_one_run(workers):
         ("kill", "worker 1: killed by SIGKILL; was the machine out of memory?"),
     ],
 )
-def test_the_error_of_the_worker_that_failed_first_is_the_error(how, text):
+def test_the_error_of_the_worker_that_failed_first_is_the_error(how, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = len(children())
     with pytest.raises(RunFailed) as caught:
         local.run(functools.partial(break_on_rank_1, how=how), "", 2, use_gpu=False)
     assert str(caught.value) == text
+    assert how == "kill" or not list(tmp_path.glob("pymp-*"))
     assert len(children()) == before
 
 
@@ -223,6 +230,7 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     driver.communicate()
     assert len(workers) >= 2
     wait_for(lambda: not any(map(is_alive, workers)), timeout_s=20)
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def is_alive(process: psutil.Process) -> bool:
