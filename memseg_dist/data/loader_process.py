@@ -57,6 +57,13 @@ def starting_processes() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def have_own_temporary_folder() -> None:
+    """Of a process that has just begun: it inherits the name of its parent's, which must not be
+    deleted with it.
+    """
+    multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+
+
 def delete_temporary_folder() -> None:
     """That of the sockets of this process and its loader processes, before an exit at once."""
     shutil.rmtree(util.get_temp_dir(), ignore_errors=True)

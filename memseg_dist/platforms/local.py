@@ -24,7 +24,11 @@ import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 
 from memseg_dist import dist
-from memseg_dist.data.loader_process import delete_temporary_folder, starting_processes
+from memseg_dist.data.loader_process import (
+    delete_temporary_folder,
+    have_own_temporary_folder,
+    starting_processes,
+)
 from memseg_dist.platforms import process
 from memseg_dist.platforms.process import Failure, RunFailed
 from memseg_dist.train.platform import Context
@@ -189,6 +193,7 @@ def _work(
     gpu: bool,
     timeout_s: float,
 ) -> dict:
+    have_own_temporary_folder()
     process.outlive_readers()
     context = LocalContext(rank, size, _device(rank, gpu))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks us
