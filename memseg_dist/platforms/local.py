@@ -37,6 +37,8 @@ Worker = Callable[[str, Context], dict[str, Any]]
 
 GRACE_S = 2.0
 """How long the other workers' errors are collected after the first."""
+LEAVE_S = 20.0
+"""How long a worker that is done may take to clean up behind itself."""
 
 
 class LocalContext:
@@ -114,7 +116,10 @@ def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool, timeou
                 pipes.append(ours)
             if process.stop_was_asked():  # when some of them were not there yet
                 ask_to_stop()
-            return _first_result(processes, pipes)
+            result = _first_result(processes, pipes)
+            for child in processes:
+                child.join(LEAVE_S)
+            return result
         finally:
             for child in processes:
                 child.kill()
@@ -177,9 +182,10 @@ def _serve(
         outcome: dict | Failure = _work(worker, config_json, rank, size, port, gpu, timeout_s)
     except Exception as error:  # noqa: BLE001 - whatever it was, the parent is to tell the user
         outcome = Failure.of(error)
+    if isinstance(outcome, Failure):
+        delete_temporary_folder()  # the parent kills whoever is left once it knows
     pipe.send(outcome)
     if isinstance(outcome, Failure):
-        delete_temporary_folder()
         os._exit(1)  # without waiting for peers that wait for us
     process.leave_group()
 

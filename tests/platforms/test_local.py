@@ -26,6 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def add_up(config_json, context):
+    if context.size > 1:
+        util.get_temp_dir()
+        util.Finalize(None, time.sleep, (0.5,), exitpriority=0)  # its deletion comes after this
     total = dist.all_reduce_sum(torch.tensor(float(context.rank + 1)))
     names = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "DS_ACCELERATOR")
     return {
@@ -137,7 +140,8 @@ def test_as_many_workers_as_cores_within_the_bounds(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_group_of_workers_shares_one_run(workers):
+def test_a_group_of_workers_shares_one_run(workers, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = len(children())
     result = local.run(add_up, "the config", workers, use_gpu=False)
     assert result["config"] == "the config"
@@ -150,6 +154,7 @@ def test_a_group_of_workers_shares_one_run(workers):
         "DS_ACCELERATOR": "cpu",
     }
     assert len(children()) == before
+    assert not list(tmp_path.glob("pymp-*"))
 
 
 @pytest.mark.parametrize(
