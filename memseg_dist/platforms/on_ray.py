@@ -238,8 +238,9 @@ def _run_worker(arguments: dict[str, Any]) -> str:
     except Exception as error:  # noqa: BLE001 - any error is to reach the driver in short
         failure = Failure.of(error)
         print(f"worker {context.rank}: {failure.text}", file=sys.stderr, flush=True)
-        delete_temporary_folder()  # Ray ends this process at once
         raise WorkerError(failure.text, failure.details) from None
+    finally:
+        delete_temporary_folder()  # Ray ends this process at once
     if context.preempted and not context.asked_to_stop:
         _await_teardown()
     return json.dumps(result)
