@@ -1,6 +1,6 @@
 """Kills a run at random, again and again, and looks at what is left of it.
 
-    make chaos                                          # 30 kills, under 10 minutes on two cores
+    make chaos                                          # 30 kills; half an hour on two cores
     python -m chaos --kills 6 --launchers local --seed 7
 
 Two DeepSpeed workers with loader processes, a memory, evaluation and MLflow, as plain processes and
