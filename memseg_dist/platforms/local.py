@@ -107,7 +107,7 @@ def _run_group(worker: Worker, config_json: str, workers: int, gpu: bool, timeou
         try:
             for rank in range(workers):
                 ours, theirs = context.Pipe(duplex=False)
-                arguments = (worker, config_json, rank, workers, store.port, gpu, timeout_s, theirs)
+                arguments = (theirs, worker, config_json, rank, workers, store.port, gpu, timeout_s)
                 child = context.Process(target=_serve, args=arguments, name=f"memseg-{rank}")
                 with starting_processes():  # it hears of signals once it can heed them
                     child.start()
@@ -168,18 +168,10 @@ def _first_result(processes: list, pipes: list[Connection]) -> dict:
     return outcomes[0]  # type: ignore[return-value]
 
 
-def _serve(
-    worker: Worker,
-    config_json: str,
-    rank: int,
-    size: int,
-    port: int,
-    gpu: bool,
-    timeout_s: float,
-    pipe: Connection,
-) -> None:
+def _serve(pipe: Connection, *arguments: Any) -> None:
+    """`_work(*arguments)`, whose outcome goes to the parent."""
     try:
-        outcome: dict | Failure = _work(worker, config_json, rank, size, port, gpu, timeout_s)
+        outcome: dict | Failure = _work(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever it was, the parent is to tell the user
         outcome = Failure.of(error)
     if isinstance(outcome, Failure):
