@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from memseg_dist.batch import IGNORE, CropBox
 
@@ -138,8 +137,10 @@ def resized_size(
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, *size], bilinear with antialiasing."""
-    return functional.resize_image(image, list(size), antialias=True)
+    """uint8 [3, H, W] on the CPU -> uint8 [3, *size], bilinear with antialiasing."""
+    # A batch that torch knows to be channels_last is resized, and stays so, without a copy.
+    batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, size, mode="bilinear", antialias=True)[0]
 
 
 def fit_image(image: Tensor, resize: tuple[int, int], *, keep_ratio: bool = True) -> Tensor:
@@ -253,7 +254,7 @@ def _cut(
     bottom, right = top + box.rows, left + box.columns
     image, column = image[:, top:bottom, left:right], columns[left:right]
     if box.flipped:
-        image, column = functional.horizontal_flip_image(image), column.flip(0)
+        image, column = image.flip(-1), column.flip(0)
     inside = torch.ones(box.rows, box.columns, dtype=torch.bool)
     return image, inside, rows[top:bottom, None], column
 
@@ -316,12 +317,13 @@ def distort_colours(image: Tensor, draw: random.Random) -> Tensor:
 
     def contrast(image: Tensor) -> Tensor:
         if draw.random() < 0.5:
-            return functional.adjust_brightness_image(image, uniform(*_GAIN))  # a plain gain
+            return _through_table(image, levels * uniform(*_GAIN))
         return image
 
+    levels = torch.arange(256, dtype=torch.float32)
     if draw.random() < 0.5:
         shift = round(uniform(-_BRIGHTNESS, _BRIGHTNESS))
-        image = (image.to(torch.int16) + shift).clamp_(0, 255).to(torch.uint8)
+        image = _through_table(image, levels + shift)
     contrast_first = draw.random() < 0.5
     if contrast_first:
         image = contrast(image)
@@ -330,6 +332,12 @@ def distort_colours(image: Tensor, draw: random.Random) -> Tensor:
     if gain != 1 or turn != 0:
         image = _shift_colours(image, gain, turn)
     return image if contrast_first else contrast(image)
+
+
+def _through_table(image: Tensor, table: Tensor) -> Tensor:
+    """uint8 [3, H, W], each value v replaced by table[v], float32 [256], cut to 0..255."""
+    values = table.clamp(0, 255).to(torch.uint8).numpy()
+    return torch.from_numpy(cv2.LUT(image.permute(1, 2, 0).numpy(), values)).permute(2, 0, 1)
 
 
 def _shift_colours(image: Tensor, gain: float, turn: float) -> Tensor:

@@ -21,16 +21,11 @@ from typing import Literal, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as pictures
 
 from memseg_dist.checks import check_pairs, check_scales, check_view, require
 from memseg_dist.config import ValidationConfig
-from memseg_dist.data.augment import (
-    fit_image,
-    height_and_width,
-    resize_image,
-    scaled_size,
-    swap_ids,
-)
+from memseg_dist.data.augment import fit_image, height_and_width, scaled_size, swap_ids
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.methods.method import MATMUL_CLASSES, LinearLogits, Prediction
 from memseg_dist.nn.densecrf import CrfConfig, dense_crf
@@ -299,7 +294,7 @@ def _sharpened(
     probabilities_KHW: Tensor, image: Tensor, config: CrfConfig
 ) -> tuple[Tensor, Tensor]:
     """The class with the largest marginal of the CRF, and that marginal: [H, W] each."""
-    shown = resize_image(image, (probabilities_KHW.shape[1], probabilities_KHW.shape[2]))
+    shown = pictures.resize_image(image, list(probabilities_KHW.shape[1:]), antialias=True)
     picture = shown.permute(1, 2, 0).cpu().numpy()
     marginals = torch.from_numpy(dense_crf(picture, probabilities_KHW.cpu().numpy(), config))
     best, label = marginals.to(image.device).max(dim=0)
@@ -324,7 +319,7 @@ def _views(predict: Predict, images: Tensor, classes: Tensor, inference: Inferen
     views: list[_View] = []
     for scale in inference.scales:
         size = scaled_size(images.shape[-2], images.shape[-1], scale)
-        scaled = resize_image(images, size)
+        scaled = pictures.resize_image(images, list(size), antialias=True)
         parts = image_windows(size, inference)
         coverage = _coverage(parts, size, images.device)
         for is_mirrored in (False, True) if inference.flip else (False,):

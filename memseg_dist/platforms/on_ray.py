@@ -89,6 +89,7 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
     RunFailed when the group failed for good, with the text of the worker's error that caused it.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for the last
     connect(config)
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     gpu = has_gpus if config.launch.use_gpu is None else config.launch.use_gpu
