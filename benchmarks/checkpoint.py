@@ -61,9 +61,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", help="where to write; by default a temporary directory")
     options = parser.parse_args()
-    config = RunConfig(
-        "run", "/nowhere", (Source("images", "/nowhere", "labels"),), ClassifyConfig()
-    )
+    sources = (Source("images", "/nowhere", "labels"),)
+    config = RunConfig(name="run", storage="/nowhere", sources=sources, method=ClassifyConfig())
     engine = Weights(options.megabytes)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         saver = Saver(directory, config, LABELS, keep=1)
