@@ -80,7 +80,7 @@ class Classify(Method):
     def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
         weight, bias = self.classifier.weight[classes], self.classifier.bias[classes]
         (features,) = self.backbone(images)
-        return LinearLogits(features, weight, bias)
+        return LinearLogits(features, weight, bias, stride=self.stride)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:

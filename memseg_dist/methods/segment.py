@@ -104,10 +104,10 @@ class Segment(Method):
 
     def _logits(self, features_BDhw: Tensor, class_ids_K: Tensor) -> DenseLogits | LinearLogits:
         if isinstance(self.head, DeepLabV2Head):
-            return DenseLogits(self.head(features_BDhw, class_ids_K))
+            return DenseLogits(self.head(features_BDhw, class_ids_K), self.stride)
         assert isinstance(self.head, nn.Linear)
         weight, bias = self.head.weight[class_ids_K], self.head.bias[class_ids_K]
-        return LinearLogits(features_BDhw, weight, bias)
+        return LinearLogits(features_BDhw, weight, bias, stride=self.stride)
 
     @torch.no_grad()
     def predict(self, images: Tensor, classes: Tensor) -> DenseLogits | LinearLogits:

@@ -35,9 +35,9 @@ def upsample(low: Tensor, size: Sequence[int], rows: slice = slice(None)) -> Ten
     return vertical @ low @ horizontal.T
 
 
-def upsample_positions(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[k, h, w] -> [k, n, m], where h x w positions come from an image of n x m pixels."""
-    whole = padded_size(maps, size)
+def upsample_positions(maps: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """[k, h, w] -> [k, n, m]: h x w positions of `stride` pixels, from an image of n x m."""
+    whole = padded_size(size, stride)
     enlarged = F.interpolate(maps[None], size=whole, mode="bilinear", align_corners=False)[0]
     return enlarged[:, : size[0], : size[1]]
 
@@ -51,36 +51,28 @@ def fill_up(pixels: Tensor, stride: int, value: int | bool) -> Tensor:
 
 
 def within_image(map: Tensor, size: Sequence[int], stride: int) -> Tensor:
-    """The positions of a map [..., h, w] that lie on an image of `size` pixels. stride: that of the
-    backbone's deepest map; a finer one goes on beyond the image by less than one position of it.
+    """The positions of a map [..., h, w] that lie on an image of `size` pixels. stride: the map's
+    own; a map finer than the backbone's deepest goes on beyond the image.
     """
-    sizes = zip(map.shape[-2:], size, strict=True)
-    rows, columns = (-(-n // max(1, -(-n // stride) * stride // h)) for h, n in sizes)
+    rows, columns = (-(-length // stride) for length in size)
     return map[..., :rows, :columns]
 
 
-def at_positions(pixels_BHW: Tensor, map: Tensor) -> Tensor:
-    """bool [B, H, W] at the centres of a map's h x w positions, False where they lie outside."""
-    height, width = map.shape[-2:]
-    down, across = -(-pixels_BHW.shape[1] // height), -(-pixels_BHW.shape[2] // width)
-    right, below = width * across - pixels_BHW.shape[2], height * down - pixels_BHW.shape[1]
-    filled = F.pad(pixels_BHW, (0, right, 0, below))
-    return filled[:, down // 2 :: down, across // 2 :: across]
-
-
-def padded_size(maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """The pixels that the h x w positions of `maps` [k, h, w] span: n x m plus the net's padding.
-
-    A backbone of stride s that pads its input has ceil(n / s) rows of features: they span whole
-    strides. Rows that fit no such s span n.
+def at_positions(pixels_BHW: Tensor, map: Tensor, stride: int) -> Tensor:
+    """bool [B, H, W] at the centres of a map's h x w positions of `stride` pixels, False where they
+    lie outside.
     """
-    return _padded_length(maps.shape[-2], size[0]), _padded_length(maps.shape[-1], size[1])
+    below, right = (h * stride - n for h, n in zip(map.shape[-2:], pixels_BHW.shape[1:]))
+    filled = F.pad(pixels_BHW, (0, right, 0, below))
+    return filled[:, stride // 2 :: stride, stride // 2 :: stride]
 
 
-def _padded_length(num_positions: int, length: int) -> int:
-    stride = -(-length // num_positions)
-    padded = num_positions * stride
-    return padded if padded - stride < length else length
+def padded_size(size: Sequence[int], stride: int) -> tuple[int, int]:
+    """The pixels that the positions of an n x m image span: n x m plus the net's padding, which
+    fills up whole strides.
+    """
+    height, width = size
+    return height + -height % stride, width + -width % stride
 
 
 def upsample_adjoint(

@@ -239,7 +239,8 @@ class LarvSeg(Method):
         x_BDhw = self.embed(images)
         weight_KD = self.classifier.class_weights(classes)
         u_BLD = self._scaled(x_BDhw.flatten(2).mT, weight_KD)
-        return LinearLogits(u_BLD.mT.unflatten(2, x_BDhw.shape[-2:]), weight_KD)
+        u_BDhw = u_BLD.mT.unflatten(2, x_BDhw.shape[-2:])
+        return LinearLogits(u_BDhw, weight_KD, stride=self.stride)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:

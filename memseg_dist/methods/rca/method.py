@@ -86,7 +86,7 @@ class RCA(Method):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.config, self.stride = config, backbone.stride
+        self.config = config
         self.class_ids = np.unique(np.concatenate(list(classes.values())))
         self._column = columns_of(self.class_ids, num_classes)
         self._source_columns = {
@@ -220,7 +220,7 @@ class RCA(Method):
         """O of Eq. 10. ValueError for a class that no source labels: it has no map."""
         column = self._map_column(classes)
         (features,) = self.backbone(images)
-        return self.net.prediction(features, column)
+        return self.net.prediction(features, column, self.stride)
 
     def activations(self, images: Tensor, classes: Tensor) -> Tensor:
         """The maps of O, whose channels share a softmax with EPS. ValueError as `predict`."""
