@@ -4,7 +4,7 @@
 two small constant matrices. Written so, any strip of rows can be made alone, the adjoint is a
 transpose, and both are deterministic on a GPU (the library's backward uses atomic adds).
 
-Shape letters: h x w low resolution, H x W high resolution.
+Shape letters: B images, h x w low resolution (N positions), H x W high resolution.
 """
 
 from __future__ import annotations
@@ -48,6 +48,15 @@ def fill_up(pixels: Tensor, stride: int, value: int | bool) -> Tensor:
     """
     below, right = (-side % stride for side in pixels.shape[1:])
     return F.pad(pixels, (0, right, 0, below), value=value) if below or right else pixels
+
+
+def valid_positions(valid_BHW: Tensor, stride: int) -> Tensor:
+    """bool [B, N]: positions of the feature map at least half of whose pixels are image.
+
+    Neither padding of the crop nor what a backbone adds to fill the last stride is.
+    """
+    filled = fill_up(valid_BHW, stride, False).float()
+    return F.avg_pool2d(filled, stride).flatten(1) >= 0.5
 
 
 def within_image(map: Tensor, size: Sequence[int], stride: int) -> Tensor:

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memseg_dist.nn.resize import at_positions, upsample, upsample_adjoint, upsample_positions
+from memseg_dist.nn.resize import (
+    at_positions,
+    upsample,
+    upsample_adjoint,
+    upsample_positions,
+    valid_positions,
+)
 
 
 def test_positions_are_enlarged_over_whole_strides_and_cut():
@@ -28,6 +34,12 @@ def test_pixels_are_read_at_the_centres_of_positions():
     pixels = torch.ones(1, 17, 25, dtype=torch.bool)
     found = at_positions(pixels, torch.zeros(1, 2, 2), 16)[0]
     assert found.tolist() == [[True, True], [False, False]]
+
+
+def test_padding_that_fills_the_last_stride_is_no_image():
+    valid = torch.ones(1, 9, 12, dtype=torch.bool)
+    found = valid_positions(valid, 4).unflatten(1, (3, 3))[0]
+    assert found.tolist() == [[True] * 3, [True] * 3, [False] * 3]
 
 
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 11)])

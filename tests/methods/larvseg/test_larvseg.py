@@ -116,6 +116,37 @@ def test_losses_and_gradients_equal_the_paper_over_a_run(dtype, tolerance, monke
     assert method.memory.read.counts.max() == SETTINGS.capacity
 
 
+@pytest.mark.parametrize("denominator", ["valid", "all"])
+def test_a_crop_of_any_size_is_one_that_was_padded(denominator):
+    """Of 59 pixels, of which L_seg reads every second: 8 whole positions of 8, as evaluation
+    enlarges them. Three losses and the memory.
+    """
+    found = []
+    for size in (SIZE, 59):
+        method = build(dataclasses.replace(SETTINGS, seg_denominator=denominator, warm_up=1))
+        for step in range(2):
+            batches = []
+            for item in (batch("masks", [(), ()], step), weak_batch(step)):
+                item.images[..., 59:, :] = item.images[..., 59:] = 0
+                item.valid[:, 59:] = item.valid[..., 59:] = False
+                if item.masks is not None:
+                    item.masks[:, 59:] = item.masks[..., 59:] = IGNORE
+                cut = {
+                    name: None if part is None else part[..., :size, :size]
+                    for name in ("images", "valid", "masks")
+                    for part in [getattr(item, name)]
+                }
+                batches.append(dataclasses.replace(item, **cut))
+            clock = Clock(step)
+            losses = {name: loss for item in batches for name, loss in method(item, clock).items()}
+            method.after_step(clock)
+        assert losses["aux"] > 0
+        found.append({**losses, "memory": method.memory.read.means})
+    if denominator == "all":  # by 32 x 32 pixels, or by the 30 x 30 of the crop
+        found[0]["seg"] = found[0]["seg"] * 32**2 / 30**2
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_cold_memory_gives_no_auxiliary_loss_and_the_baseline_has_none():
     losses = build()(weak_batch(0), Clock(0))
     assert losses["aux"].item() == 0
