@@ -164,12 +164,17 @@ class PseudoSeg(Method):
         return losses
 
     def _classification(self, deep: Tensor, valid_Bhw: Tensor, batch: Batch) -> Tensor:
-        """L_x: the mean, over images and the source's foreground classes, of the cross-entropy."""
+        """L_x: the mean, over images and the source's foreground classes, of the cross-entropy; a
+        blanked image adds 0.
+        """
         columns = self.table.in_foreground[batch.source]
         logits_BF = self.net.classify(deep, valid_Bhw, dropout=True)
         is_named_BF = self.table.named(batch)
+        counts_B1 = batch.valid.flatten(1).any(dim=1, keepdim=True)
         loss = F.binary_cross_entropy_with_logits(
-            logits_BF[:, columns], is_named_BF[:, columns].to(logits_BF.dtype)
+            logits_BF[:, columns],
+            is_named_BF[:, columns].to(logits_BF.dtype),
+            weight=counts_B1.to(logits_BF.dtype),
         )
         return self.config.classification_weight * loss
 
