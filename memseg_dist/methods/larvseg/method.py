@@ -66,7 +66,7 @@ class LarvSeg(Method):
 
     classes: per source, the sorted label-space ids [N] of its vocabulary; multiplicity: per mask
     source, how many of its names share each id [N] (absent: one each). base_classes: ids with
-    masks, used by `novel_only`.
+    masks, used by `novel_only`. with_memory: False for a model that only predicts.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class LarvSeg(Method):
         multiplicity: Mapping[str, np.ndarray] | None = None,
         base_classes: Sequence[int] = (),
         num_slots: int = 1,
+        with_memory: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class LarvSeg(Method):
             if config.keep_duplicates and np.max(counts, initial=1) > 1:
                 self.multiplicity[name] = torch.as_tensor(counts, device=device)
         self.memory: PixelMemory | None = None
-        if config.attention == "cross_image":
+        if config.attention == "cross_image" and with_memory:
             self.memory = PixelMemory(
                 config,
                 classifier.num_classes,

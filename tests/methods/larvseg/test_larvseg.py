@@ -1,6 +1,7 @@
 """LarvSeg against the long computation of the paper, value and gradient, and each flag's effect."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from memseg_dist.methods.larvseg.classifier import CosineClassifier
 from memseg_dist.methods.larvseg.config import LarvSegConfig
 from memseg_dist.methods.larvseg.method import LarvSeg
 from memseg_dist.methods.setup import Setup
+from memseg_dist.train.checkpoint import Checkpoint
+from memseg_dist.train.load_model import load_model
 
 NUM_CLASSES, DIM, SIZE, GRID = 9, 12, 64, 8
 SETTINGS = LarvSegConfig(
@@ -364,3 +367,11 @@ def test_class_vectors_are_the_means_of_the_classes_with_rows(scope):
 class TestContract(MethodContract):
     method = LarvSegConfig(capacity=3, top_k=4, warm_up=1)
     losses = {"masks": {"seg"}, "weak": {"cls", "aux"}}
+
+    def test_a_model_that_only_predicts_reads_no_memory(self, whole, tmp_path):
+        copy = tmp_path / "published"
+        shutil.copytree(f"{whole[0].directory}/checkpoints/step-00000006", copy)
+        for path in copy.glob("memory-*"):
+            path.unlink()
+        model = load_model(Checkpoint(str(copy)), torch.device("cpu"))
+        assert model.method.memory is None and model.method.state() == {}
