@@ -94,7 +94,7 @@ class MCIBI(Method):
         self.memory: FeatureMemory | None = None
         if epoch_steps is not None and config.memory == "features":
             self.memory = FeatureMemory(config, num_classes, self.net.dim, device)
-            self.consistency_from = round(config.consistency_epochs * epoch_steps)
+            self.consistency_from = config.consistency_from(epoch_steps)
 
     # ---------------------------------------------------------------- training
 
