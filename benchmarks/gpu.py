@@ -119,7 +119,7 @@ class Bench:
         method, side = self.larvseg(LarvSegConfig(warm_up=1)), self.sizes.crops[1]
         with torch.no_grad():
             (features,) = method.backbone(self.batch("weak", 0).images)
-        method.backbone = Given(features)
+        method.backbone = Given(features, method.stride)
         batch = self.batch("weak", 0)
 
         def loss() -> None:
@@ -271,9 +271,9 @@ class Plain(Method):
 class Given(nn.Module):
     """Stands for the backbone when a loss alone is measured."""
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, stride: int) -> None:
         super().__init__()
-        self.features = nn.Parameter(features)
+        self.features, self.stride = nn.Parameter(features), stride
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor]:
         return (self.features,)

@@ -43,7 +43,7 @@ class Features(nn.Module):
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
-        self.features = nn.Parameter(features)
+        self.features, self.stride = nn.Parameter(features), STRIDE
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor]:
         return (self.features,)

@@ -206,6 +206,9 @@ class EngineConfig:
                 "read whole weights; use 2, which splits gradients and optimizer state"
             )
         require(self.zero_stage in (0, 1, 2), "engine.zero_stage", self.zero_stage, "0, 1 or 2")
+        wanted = "0 with engine.kind 'torch', which splits nothing"
+        is_split = self.kind == "deepspeed" or self.zero_stage == 0
+        require(is_split, "engine.zero_stage", self.zero_stage, wanted)
 
 
 @dataclass(frozen=True)

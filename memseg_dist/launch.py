@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from memseg_dist.checks import require
 from memseg_dist.config import RunConfig, from_json, to_json, with_absolute_paths
 from memseg_dist.methods.kinds import register
 from memseg_dist.methods.method import MethodConfig
@@ -34,6 +35,9 @@ def launch(config: RunConfig) -> dict[str, Any]:
     ValueError for a config that cannot run here; RunFailed when training failed.
     """
     config = with_absolute_paths(config)
+    wanted = "'hub' or a file, whose statistics backbone.frozen_batchnorm keeps"
+    weights, is_frozen = config.backbone.pretrained, config.backbone.frozen_batchnorm
+    require(weights or not is_frozen, "backbone.pretrained", weights, wanted)
     fetch_weights(config.backbone.name, config.backbone.pretrained)
     make_writable(config.directory)
     with holding(config.directory):

@@ -31,6 +31,14 @@ def test_weights_that_are_not_there_are_named_before_anything_starts(tiny_data, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_frozen_batchnorm_of_random_weights_is_refused_before_anything_starts(tiny_data, tmp_path):
+    run = tiny_run(tiny_data, tmp_path / "runs")
+    backbone = replace(run.backbone, frozen_batchnorm=True)
+    with pytest.raises(ValueError, match=r"backbone.pretrained is ''; .*frozen_batchnorm keeps"):
+        launch(replace(run, backbone=backbone))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_probe_leaves_nothing(tmp_path):
     make_writable(str(tmp_path / "new"))
     assert list((tmp_path / "new").iterdir()) == []

@@ -131,7 +131,6 @@ def _pixel_embedding(
     model.method.eval()
     with torch.no_grad():
         features = model.method.embed(small[None])[0]
-    stride = [-(-size // grid) for size, grid in zip(small.shape[-2:], features.shape[-2:])]
-    y = int((row + 0.5) / height * small.shape[-2]) // stride[0]
-    x = int((column + 0.5) / width * small.shape[-1]) // stride[1]
+    y = int((row + 0.5) / height * small.shape[-2]) // model.method.stride
+    x = int((column + 0.5) / width * small.shape[-1]) // model.method.stride
     return features[:, y, x][None].float().cpu().numpy()

@@ -9,6 +9,7 @@ import numpy as np
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.index import Index
+from memseg_dist.data.order import repeat_factors
 from memseg_dist.data.source import Source, kept_ids, open_index
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.layouts import Regions, image_id
@@ -62,11 +63,18 @@ def _check_unique(
 
 
 def steps_per_epoch(sources: Sequence[Source], cache_dir: str | Path) -> int:
-    """Steps of about an epoch of the longest source: its images over the images of a step."""
+    """Steps of about an epoch of the longest source: its samples, those that `repeat_threshold`
+    repeats as often as they come, over the samples of a step.
+    """
     return max(
-        -(-len(open_index(source, cache_dir)) // (source.slots * source.batch_per_slot))
+        -(-_epoch_length(source, cache_dir) // (source.slots * source.batch_per_slot))
         for source in sources
     )
+
+
+def _epoch_length(source: Source, cache_dir: str | Path) -> int:
+    index, share = open_index(source, cache_dir), source.repeat_threshold
+    return len(index) if share is None else int(repeat_factors(index, share).sum(dtype=np.int64))
 
 
 def image_counts(

@@ -85,11 +85,12 @@ def probe_prototypes(
             features = method.embed(image[None])[0].float()
             size = (image.shape[-2], image.shape[-1])
             with torch.autocast(features.device.type, enabled=False):
-                norm = upsampled_norm(features, size)
+                norm = upsampled_norm(features, size, method.stride)
                 for run, metric in enumerate(metrics):
                     points = draw_points(target, size, num_points, (seed, run, key))
                     if points:  # else every class of the image is smaller than a pixel
-                        metric.update(nearest_prototype(features, norm, points, target), target)
+                        label = nearest_prototype(features, norm, points, target, method.stride)
+                        metric.update(label, target)
     return PrototypeProbeResult(tuple(metric.scores(classes) for metric in metrics), num_points)
 
 
@@ -115,17 +116,17 @@ def draw_points(
 
 
 def nearest_prototype(
-    features: Tensor, norm: Tensor, points: dict[int, Tensor], truth: Tensor
+    features: Tensor, norm: Tensor, points: dict[int, Tensor], truth: Tensor, stride: int
 ) -> Tensor:
     """int64 [H, W]: per pixel the class with the largest cosine to one of its points.
 
-    features [D, h, w]; norm [Y, X] of the upsampled features. Cosines are products with the seeds
-    at low resolution, upsampled and divided by the norm: no full-size feature map is needed. One
-    class at a time; of equal cosines the smaller class wins.
+    features [D, h, w], of `stride` pixels per position; norm [Y, X] of the upsampled features.
+    Cosines are products with the seeds at low resolution, upsampled and divided by the norm: no
+    full-size feature map is needed. One class at a time; of equal cosines the smaller class wins.
     """
     size = (norm.shape[0], norm.shape[1])
     out_size = (truth.shape[0], truth.shape[1])
-    whole = padded_size(features, size)
+    whole = padded_size(size, stride)
     vertical = interpolation_matrix(whole[0], features.shape[1], features.dtype, features.device)
     horizontal = interpolation_matrix(whole[1], features.shape[2], features.dtype, features.device)
     best = torch.full(out_size, -torch.inf, dtype=features.dtype, device=features.device)
@@ -143,9 +144,9 @@ def nearest_prototype(
     return label
 
 
-def upsampled_norm(features: Tensor, size: tuple[int, int]) -> Tensor:
+def upsampled_norm(features: Tensor, size: tuple[int, int], stride: int) -> Tensor:
     """[Y, X]: the length of each pixel's upsampled feature, a strip of rows at a time."""
-    whole = padded_size(features, size)
+    whole = padded_size(size, stride)
     rows = max(1, STRIP_BYTES // (4 * features.shape[0] * whole[1]))
     strips = [
         upsample(features, whole, slice(start, min(start + rows, size[0]))).norm(dim=0)

@@ -373,11 +373,11 @@ def _mean_over_views(
 def _full_resolution(maps: list[Tensor], view: _View, out_size: tuple[int, int]) -> Tensor:
     """Low-resolution logits [k, h, w] of each window of a view -> [k, H, W], not mirrored."""
     if view.coverage is None:
-        total = upsample_positions(maps[0], view.size)
+        total = upsample_positions(maps[0], view.size, view.predictions[0].stride)
     else:
         total = maps[0].new_zeros(maps[0].shape[0], *view.size)
-        for logits, part in zip(maps, view.windows, strict=True):
-            up = upsample_positions(logits, part.size)
+        for logits, part, found in zip(maps, view.windows, view.predictions, strict=True):
+            up = upsample_positions(logits, part.size, found.stride)
             total[:, part.top : part.bottom, part.left : part.right] += up
         del up
         total /= view.coverage

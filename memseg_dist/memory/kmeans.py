@@ -17,6 +17,7 @@ clusters, S starts, B problems of a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ def kmeans(
     by_faiss = np.full(len(sizes), engine == "faiss")
     if engine == "auto":
         by_faiss = sizes * num_starts * num_clusters > FAISS_DISTANCES[kind]
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), _without_tf32():
         for chunk in _chunks(sizes, num_clusters, by_faiss, max_rows):
             problems = pad(rows_ND, first[chunk], sizes[chunk])
             at = torch.from_numpy(chunk).to(device)
@@ -106,6 +107,17 @@ def kmeans(
                 centroids, iterations = lloyd(problems, centroids, max_iterations, tolerance)
             _keep_best(problems, centroids, iterations, found, at)
     return found
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """TF32 keeps 10 bits of a product, and `lloyd.EQUAL` takes distances to be fp32's."""
+    kept = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 def _chunks(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock, onto_device
+from memseg_dist.checks import check_numbers
 from memseg_dist.methods.method import LinearLogits, Method, MethodConfig
 from memseg_dist.methods.pairs import check_source
 
@@ -29,6 +30,9 @@ class ClassifyConfig(MethodConfig):
     kind: Literal["classify"] = "classify"
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "method.", shares=("label_smoothing",))
 
     def build(self, setup: Setup) -> Classify:
         backbone = setup.build_backbone()
@@ -80,7 +84,7 @@ class Classify(Method):
     def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
         weight, bias = self.classifier.weight[classes], self.classifier.bias[classes]
         (features,) = self.backbone(images)
-        return LinearLogits(features, weight, bias)
+        return LinearLogits(features, weight, bias, stride=self.stride)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from memseg_dist.memory.state import Stateful
 if TYPE_CHECKING:
     from memseg_dist.memory.rows import ShardedRows
     from memseg_dist.methods.setup import Setup
+    from memseg_dist.nn.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Prediction(Protocol):
     @property
     def num_classes(self) -> int: ...
 
+    @property
+    def stride(self) -> int:
+        """Pixels per position, the last row and column of them perhaps beyond the image."""
+        ...
+
     def chunk(self, start: int, stop: int) -> Tensor:
         """Logits of the classes [start, stop): float32 [B, stop - start, h, w]."""
         ...
@@ -92,6 +98,7 @@ class LinearLogits:
     features: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    stride: int = field(kw_only=True)
 
     @property
     def num_classes(self) -> int:
@@ -121,6 +128,7 @@ class DenseLogits:
     """Logits as a head of few classes makes them: [B, K, h, w]."""
 
     logits: Tensor
+    stride: int
 
     @property
     def num_classes(self) -> int:
@@ -133,7 +141,7 @@ class DenseLogits:
         return self.logits
 
     def of(self, image: int) -> DenseLogits:
-        return DenseLogits(self.logits[image : image + 1])
+        return replace(self, logits=self.logits[image : image + 1])
 
 
 _IN_FP32 = ("forward", "before_step", "predict", "activations", "embed", "maps", "label_sources")
@@ -181,6 +189,13 @@ class Method(nn.Module):
         return {}
 
     # ---------------------------------------------------------------- use
+
+    @property
+    def stride(self) -> int:
+        """Pixels per position of all maps that the method gives below; they begin at the image's
+        top left, and the last ones end with or beyond it.
+        """
+        return cast("Backbone", self.backbone).stride
 
     def predict(self, images: Tensor, classes: Tensor) -> Prediction:
         """Logits of the label-space ids `classes` [K] for uint8 images [B, 3, H, W]."""

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memseg_dist.batch import Batch, Clock
+from memseg_dist.batch import IGNORE, Batch, Clock
 from memseg_dist.methods.method import DenseLogits, LinearLogits, Method, MethodConfig
 from memseg_dist.methods.pairs import check_masks_only, check_source, columns_of, to_columns
 from memseg_dist.nn.deeplab import DeepLabV2Head
 from memseg_dist.nn.pixel_loss import Denominator, pixel_cross_entropy
+from memseg_dist.nn.resize import fill_up
 
 if TYPE_CHECKING:
     from memseg_dist.methods.setup import Setup
@@ -88,7 +89,9 @@ class Segment(Method):
         assert batch.masks is not None, "check lets no source without masks come here"
         (features,) = self.backbone(batch.images, batch.valid)
         logits = self._logits(features, self.classes[batch.source])
-        target_BHW = to_columns(batch.masks, self._column[batch.source])
+        # a crop of 321 pixels becomes 41 whole positions of 8
+        masks_BHW = fill_up(batch.masks, self.stride, IGNORE)
+        target_BHW = to_columns(masks_BHW, self._column[batch.source])
         divide_by = self.config.seg_denominator
         if isinstance(logits, DenseLogits):
             loss = pixel_cross_entropy(logits.logits, None, target_BHW, denominator=divide_by)
@@ -100,14 +103,16 @@ class Segment(Method):
                 bias_N=logits.bias,
                 denominator=divide_by,
             )
-        return {"seg": loss}
+        # "all" are the pixels of the crop, without those that it was filled up by
+        filled_by = masks_BHW.numel() / batch.masks.numel() if divide_by == "all" else 1
+        return {"seg": loss * filled_by}
 
     def _logits(self, features_BDhw: Tensor, class_ids_K: Tensor) -> DenseLogits | LinearLogits:
         if isinstance(self.head, DeepLabV2Head):
-            return DenseLogits(self.head(features_BDhw, class_ids_K))
+            return DenseLogits(self.head(features_BDhw, class_ids_K), self.stride)
         assert isinstance(self.head, nn.Linear)
         weight, bias = self.head.weight[class_ids_K], self.head.bias[class_ids_K]
-        return LinearLogits(features_BDhw, weight, bias)
+        return LinearLogits(features_BDhw, weight, bias, stride=self.stride)
 
     @torch.no_grad()
     def predict(self, images: Tensor, classes: Tensor) -> DenseLogits | LinearLogits:

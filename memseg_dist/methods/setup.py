@@ -110,7 +110,9 @@ class Setup:
 
     @cached_property
     def epoch_steps(self) -> int:
-        """Steps in which the images of the longest source are seen once."""
+        """Steps in which the longest source's epoch is over: each of its images seen, once but for
+        repeats.
+        """
         return steps_per_epoch(self.sources, self.cache_dir)
 
     def _is_kept(self, source: Source) -> np.ndarray:

@@ -157,6 +157,7 @@ def _setting(module: nn.Module, name: str, value: int | str | None) -> Iterator[
             setattr(statistics, name, old)
 
 
+@torch.compiler.disable
 def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     """Give the layer statistics to write to that are this pass's alone: BatchNorm computes them
     anyway, and with momentum 1 it keeps nothing else.
@@ -172,6 +173,7 @@ def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     layer.momentum = 1.0
 
 
+@torch.compiler.disable
 def _after(layer: Any, arguments: tuple[Tensor, ...], output: Tensor | None) -> None:
     statistics: SlotStatistics = layer.slot_statistics
     if statistics.running is None:

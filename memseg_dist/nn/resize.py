@@ -4,7 +4,7 @@
 two small constant matrices. Written so, any strip of rows can be made alone, the adjoint is a
 transpose, and both are deterministic on a GPU (the library's backward uses atomic adds).
 
-Shape letters: h x w low resolution, H x W high resolution.
+Shape letters: B images, h x w low resolution (N positions), H x W high resolution.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def upsample(low: Tensor, size: Sequence[int], rows: slice = slice(None)) -> Ten
     return vertical @ low @ horizontal.T
 
 
-def upsample_positions(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[k, h, w] -> [k, n, m], where h x w positions come from an image of n x m pixels."""
-    whole = padded_size(maps, size)
+def upsample_positions(maps: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """[k, h, w] -> [k, n, m]: h x w positions of `stride` pixels, from an image of n x m."""
+    whole = padded_size(size, stride)
     enlarged = F.interpolate(maps[None], size=whole, mode="bilinear", align_corners=False)[0]
     return enlarged[:, : size[0], : size[1]]
 
@@ -50,37 +50,38 @@ def fill_up(pixels: Tensor, stride: int, value: int | bool) -> Tensor:
     return F.pad(pixels, (0, right, 0, below), value=value) if below or right else pixels
 
 
-def within_image(map: Tensor, size: Sequence[int], stride: int) -> Tensor:
-    """The positions of a map [..., h, w] that lie on an image of `size` pixels. stride: that of the
-    backbone's deepest map; a finer one goes on beyond the image by less than one position of it.
+def valid_positions(valid_BHW: Tensor, stride: int) -> Tensor:
+    """bool [B, N]: positions of the feature map at least half of whose pixels are image.
+
+    Neither padding of the crop nor what a backbone adds to fill the last stride is.
     """
-    sizes = zip(map.shape[-2:], size, strict=True)
-    rows, columns = (-(-n // max(1, -(-n // stride) * stride // h)) for h, n in sizes)
+    filled = fill_up(valid_BHW, stride, False).float()
+    return F.avg_pool2d(filled, stride).flatten(1) >= 0.5
+
+
+def within_image(map: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """The positions of a map [..., h, w] that lie on an image of `size` pixels. stride: the map's
+    own; a map finer than the backbone's deepest goes on beyond the image.
+    """
+    rows, columns = (-(-length // stride) for length in size)
     return map[..., :rows, :columns]
 
 
-def at_positions(pixels_BHW: Tensor, map: Tensor) -> Tensor:
-    """bool [B, H, W] at the centres of a map's h x w positions, False where they lie outside."""
-    height, width = map.shape[-2:]
-    down, across = -(-pixels_BHW.shape[1] // height), -(-pixels_BHW.shape[2] // width)
-    right, below = width * across - pixels_BHW.shape[2], height * down - pixels_BHW.shape[1]
-    filled = F.pad(pixels_BHW, (0, right, 0, below))
-    return filled[:, down // 2 :: down, across // 2 :: across]
-
-
-def padded_size(maps: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """The pixels that the h x w positions of `maps` [k, h, w] span: n x m plus the net's padding.
-
-    A backbone of stride s that pads its input has ceil(n / s) rows of features: they span whole
-    strides. Rows that fit no such s span n.
+def at_positions(pixels_BHW: Tensor, map: Tensor, stride: int) -> Tensor:
+    """bool [B, H, W] at the centres of a map's h x w positions of `stride` pixels, False where they
+    lie outside.
     """
-    return _padded_length(maps.shape[-2], size[0]), _padded_length(maps.shape[-1], size[1])
+    below, right = (h * stride - n for h, n in zip(map.shape[-2:], pixels_BHW.shape[1:]))
+    filled = F.pad(pixels_BHW, (0, right, 0, below))
+    return filled[:, stride // 2 :: stride, stride // 2 :: stride]
 
 
-def _padded_length(num_positions: int, length: int) -> int:
-    stride = -(-length // num_positions)
-    padded = num_positions * stride
-    return padded if padded - stride < length else length
+def padded_size(size: Sequence[int], stride: int) -> tuple[int, int]:
+    """The pixels that the positions of an n x m image span: n x m plus the net's padding, which
+    fills up whole strides.
+    """
+    height, width = size
+    return height + -height % stride, width + -width % stride
 
 
 def upsample_adjoint(

@@ -13,8 +13,10 @@ from data.made import NUM_CLASSES, SPACE, VOCABULARY, blocks, encoded, sample, w
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.decode import CorruptSample, encode_mask
+from memseg_dist.data.files import default_cache
 from memseg_dist.data.index import Index
 from memseg_dist.data.loader import EvalDataset, Source, TrainLoader, slots_of
+from memseg_dist.data.pairs import steps_per_epoch
 from memseg_dist.data.vocabulary import Category, LabelSpace
 from memseg_dist.tools.shards import Sample, finish, write_shard
 
@@ -285,6 +287,9 @@ def test_repeats_in_an_epoch_are_augmented_each_in_its_own_way(tmp_path):
     places = [place for place, key in enumerate(batch.keys) if key == "a0"]
     assert len(places) == 3  # class 0 is in 1 of 9 images: sqrt(1 / (1/9)) = 3
     assert len({batch.images[place].numpy().tobytes() for place in places}) == 3
+    cache = default_cache()
+    assert steps_per_epoch([replace(source, batch_per_slot=2)], cache) == 6  # of 11 samples
+    assert steps_per_epoch([replace(source, batch_per_slot=2, repeat_threshold=None)], cache) == 5
 
 
 def overwrite(path, offset, content):

@@ -18,6 +18,8 @@ FIRST_ID = 3
 class ColorMethod(Method):
     """Classes are directions in colour; features are colours of 4 x 4 cells."""
 
+    stride = 4
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -34,7 +36,7 @@ class ColorMethod(Method):
         return F.normalize(self.norm(features), dim=1)
 
     def predict(self, images: Tensor, classes: Tensor) -> LinearLogits:
-        return LinearLogits(self.embed(images), self.table[classes])
+        return LinearLogits(self.embed(images), self.table[classes], stride=self.stride)
 
     def maps(self, images: Tensor, classes) -> dict[str, Tensor]:
         features = torch.sigmoid(self.embed(images))

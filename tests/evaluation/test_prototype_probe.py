@@ -22,9 +22,7 @@ from memseg_dist.evaluation.prototype_probe import (
 
 def naive(features, points, size, out_size):
     """Upsample the features, normalise again, cosine to each point, the largest per class."""
-    low = features.shape[-2:]
-    strides = [-(-length // positions) for length, positions in zip(size, low)]
-    whole = [positions * stride for positions, stride in zip(low, strides)]
+    whole = [4 * positions for positions in features.shape[-2:]]
     full = F.interpolate(features[None], whole, mode="bilinear")[0, :, : size[0], : size[1]]
     full = F.normalize(full, dim=0)
     ids = sorted(points)
@@ -45,8 +43,8 @@ def test_equals_the_definition(monkeypatch, strip_bytes, size):
     features = F.normalize(torch.randn(16, *low, generator=generator, dtype=torch.float64), dim=0)
     truth = torch.randint(-1, 5, (50, 61), generator=generator)
     points = draw_points(truth, size, 3, (0, 0, "key"))
-    norm = upsampled_norm(features, size)
-    found = nearest_prototype(features, norm, points, truth)
+    norm = upsampled_norm(features, size, 4)
+    found = nearest_prototype(features, norm, points, truth, 4)
     assert torch.equal(found, naive(features, points, size, truth.shape))
 
 
@@ -70,12 +68,14 @@ def test_absent_classes_never_win():
     features[:, :, 2:] *= -1
     truth = torch.full((4, 4), 3)
     points = {3: torch.tensor([[0, 0]])}
-    found = nearest_prototype(features, upsampled_norm(features, (4, 4)), points, truth)
+    found = nearest_prototype(features, upsampled_norm(features, (4, 4), 1), points, truth, 1)
     assert torch.equal(found, truth)
 
 
 def test_compact_features_score_100():
     class Perfect(ColorMethod):
+        stride = 1
+
         def embed(self, images):
             return F.one_hot(images[:, 0].long(), 8).permute(0, 3, 1, 2).float()
 

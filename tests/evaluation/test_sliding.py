@@ -40,7 +40,7 @@ def integer_predict(weight: Tensor, bias: Tensor | None = None):
         corners = padded[..., ::STRIDE, ::STRIDE]
         features = torch.cat([corners % 8, corners // 32], dim=1)
         chosen = None if bias is None else bias[classes]
-        return LinearLogits(features, weight[classes], chosen)
+        return LinearLogits(features, weight[classes], chosen, stride=STRIDE)
 
     return predict
 
@@ -128,7 +128,9 @@ def test_equal_classes_tie_and_the_first_wins(monkeypatch, chunk):
     for mode in ("whole", "slide"):
         label = segment(
             lambda images, classes: LinearLogits(
-                features[..., : -(-images.shape[-2] // 4), : -(-images.shape[-1] // 4)], weight
+                features[..., : -(-images.shape[-2] // 4), : -(-images.shape[-1] // 4)],
+                weight,
+                stride=4,
             ),
             image,
             torch.arange(600),
@@ -215,7 +217,7 @@ def test_autocast_does_not_round_the_logits():
     weight, features = torch.randn(400, 64, generator=generator), torch.randn(1, 64, 6, 6)
 
     def predict(images: Tensor, classes: Tensor) -> LinearLogits:
-        return LinearLogits(features, weight[classes])
+        return LinearLogits(features, weight[classes], stride=4)
 
     plain = segment(predict, picture(24, 24), torch.arange(400))
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,7 +232,7 @@ def test_confidence_is_the_softmax_of_the_dense_logits(memory_bytes, kind):
 
     def predict(images: Tensor, classes: Tensor) -> LinearLogits | DenseLogits:
         made = linear(images, classes)
-        return made if kind == "linear" else DenseLogits(made.dense())
+        return made if kind == "linear" else DenseLogits(made.dense(), made.stride)
 
     image, classes = picture(24, 40), torch.arange(600)
     options = Inference(window=16, stride=12, memory_bytes=memory_bytes)
@@ -284,7 +286,7 @@ def by_column(images: Tensor, classes: Tensor) -> DenseLogits:
     columns = torch.arange(images.shape[-1]) - (images.shape[-1] - 1) / 2
     columns = columns.expand(1, 1, *images.shape[-2:])
     weight = torch.tensor([0.0, 0.0, 0.0, -1.0, 0.0, -1000.0, 0.0, 1.0])
-    return DenseLogits(columns.abs() * 0 + columns * weight[classes].view(1, -1, 1, 1))
+    return DenseLogits(columns.abs() * 0 + columns * weight[classes].view(1, -1, 1, 1), stride=1)
 
 
 def test_a_mirrored_view_is_turned_back():
@@ -295,7 +297,7 @@ def test_a_mirrored_view_is_turned_back():
 
     def brightest(images: Tensor, asked: Tensor) -> DenseLogits:
         bright = images[:, :1].float()
-        return DenseLogits(torch.cat([bright, 100 - bright], dim=1))
+        return DenseLogits(torch.cat([bright, 100 - bright], dim=1), stride=1)
 
     image[0] = torch.arange(60).view(6, 10) * 4
     for flip in (False, True):  # what depends on the pixel alone does not see the mirror

@@ -27,6 +27,24 @@ def blobs(sizes, spread: float, seed: int = 0) -> Tensor:
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("engine", ["batched", "faiss"])
+def test_products_are_fp32s_whatever_the_run_has_chosen(monkeypatch, engine):
+    """Rows that are equal but for TF32's rounding would be told apart."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    distances = lloyd_module.Problems.distances
+
+    def watched(*arguments):
+        seen.append(matmul.allow_tf32)
+        return distances(*arguments)
+
+    monkeypatch.setattr(lloyd_module.Problems, "distances", watched)
+    kmeans(blobs((40,), 3.0), [40], K, seeds=[0], engine=engine)
+    after, matmul.allow_tf32 = matmul.allow_tf32, before
+    assert seen and not any(seen)
+    assert after
+
+
 def lloyd_by_loops(rows: Tensor, start: Tensor, max_iterations: int = 300) -> Tensor:
     """Until the assignment repeats; an empty cluster takes the row farthest from its centroid."""
     rows, centroids, last = rows.double(), start.double().clone(), None

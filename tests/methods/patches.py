@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg_dist.nn.backbone import FeatureStage
 
 
 class Patches(nn.Module):
-    """uint8 images -> one map [B, dim, H / stride, W / stride]."""
+    """uint8 images -> one map [B, dim, H / stride, W / stride], filled up to whole strides."""
 
     def __init__(self, dim: int, stride: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -18,4 +19,7 @@ class Patches(nn.Module):
         self.conv = nn.Conv2d(3, dim, stride, stride, dtype=dtype)
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
-        return (self.conv(images.to(self.conv.weight.dtype) / 255),)
+        filled = F.pad(
+            images, [side for n in images.shape[:1:-1] for side in (0, -n % self.stride)]
+        )
+        return (self.conv(filled.to(self.conv.weight.dtype) / 255),)

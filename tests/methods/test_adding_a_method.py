@@ -84,12 +84,12 @@ class MeanTeacher(Method):
 
     def _taught(self, images):
         backbone, head = self.teacher
-        return LinearLogits(backbone(images)[0], head.weight, head.bias)
+        return LinearLogits(backbone(images)[0], head.weight, head.bias, stride=self.stride)
 
     @torch.no_grad()
     def predict(self, images, classes):
         taught = self._taught(images)
-        return LinearLogits(taught.features, taught.weight[classes], taught.bias[classes])
+        return replace(taught, weight=taught.weight[classes], bias=taught.bias[classes])
 
     @torch.no_grad()
     def embed(self, images):

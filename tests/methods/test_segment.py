@@ -80,6 +80,25 @@ def test_loss_and_gradients_equal_the_cross_entropy_of_enlarged_logits(config, d
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", HEADS)
+@pytest.mark.parametrize("denominator", ["valid", "all"])
+def test_a_crop_of_any_size_is_one_that_was_padded(config, denominator):
+    """Of 21 pixels: 6 whole positions of 4, as evaluation enlarges them."""
+    method = build(dataclasses.replace(config, seg_denominator=denominator))
+    item = batch(random_masks())
+    item.images[..., 21:, :] = item.images[..., 21:] = 0
+    item.masks[:, 21:] = item.masks[..., 21:] = IGNORE
+    cut = dataclasses.replace(
+        item,
+        images=item.images[..., :21, :21],
+        valid=item.valid[..., :21, :21],
+        masks=item.masks[..., :21, :21],
+    )
+    padded, found = (method(one, Clock(0))["seg"] for one in (item, cut))
+    expected = padded if denominator == "valid" else padded * SIZE**2 / 21**2
+    torch.testing.assert_close(found, expected)
+
+
 def test_by_default_the_labelled_pixels_are_divided_by():
     masks = random_masks()
     default, valid, every = (

@@ -297,7 +297,6 @@ def test_channels_last_reaches_every_convolution_and_leaves_the_weights(config):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY_VIT, RESNET])
 def test_compiled_it_is_the_same_net_and_compiles_once_for_all_slots(monkeypatch, config):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -75,8 +75,9 @@ def _enlarged(
     count = torch.zeros(size)
     for part in image_windows(size, inference):
         crop = image[None, :, part.top : part.bottom, part.left : part.right]
-        dense = predict(crop, classes).dense().to("cpu", torch.float32)
-        up = upsample_positions(dense[0], part.size)
+        found = predict(crop, classes)
+        dense = found.dense().to("cpu", torch.float32)
+        up = upsample_positions(dense[0], part.size, found.stride)
         total[:, part.top : part.bottom, part.left : part.right] += up
         count[part.top : part.bottom, part.left : part.right] += 1
     average = total / count

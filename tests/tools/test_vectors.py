@@ -169,7 +169,7 @@ def test_sampled_pixels_are_features_of_their_class():
             image, truth, *_ = dataset[index]
             features = method.embed(image[None])[0]
             size = (image.shape[-2], image.shape[-1])
-            target = truth_of_positions(to_evaluated(truth, ids), size, features)
+            target = truth_of_positions(to_evaluated(truth, ids), size, features, 4)
             for label in range(6):
                 own.setdefault(label, []).append(features[:, target == label].T.numpy())
     for value, label in zip(pixels.values, pixels.labels.tolist(), strict=True):
@@ -180,6 +180,8 @@ def many_classes(num_classes: int) -> SimpleNamespace:
     """A method and images of 40 x 40 positions that show class c in a share that grows with c."""
 
     class Whole(ColorMethod):
+        stride = 1
+
         def embed(self, images):
             return images[:, :1].float().expand(-1, 4, -1, -1)
 
@@ -206,10 +208,10 @@ def test_classes_have_equal_shares_and_of_many_the_largest_are_taken():
 def test_truth_is_read_at_the_middle_of_a_position_and_not_in_the_padding():
     truth = torch.arange(6).repeat_interleave(2).expand(4, 12)  # columns 0 0 1 1 2 2 ...
     whole = torch.zeros(3, 1, 2)  # positions of 3 columns, of an image of 2 x 6 pixels
-    assert truth_of_positions(truth, (2, 6), whole).tolist() == [[1, 4]]
+    assert truth_of_positions(truth, (2, 6), whole, 3).tolist() == [[1, 4]]
     truth = torch.arange(13).expand(4, 13)
     padded = torch.zeros(3, 1, 5)  # of 15 columns, of which the image has 13
-    assert truth_of_positions(truth, (4, 13), padded).tolist() == [[1, 4, 7, 10, IGNORE]]
+    assert truth_of_positions(truth, (4, 13), padded, 3).tolist() == [[1, 4, 7, 10, IGNORE]]
 
 
 # ---------------------------------------------------------------- a run's pictures

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from memseg_dist.checks import require
+from memseg_dist.checks import check_numbers, require
 from memseg_dist.memory.layouts import TableKind
 from memseg_dist.methods.larvseg.attention import BackgroundReduction
 from memseg_dist.methods.method import Method, MethodConfig
@@ -69,6 +69,17 @@ class LarvSegConfig(MethodConfig):
     mask_padding: bool = True
     """Padding takes no part in pooling, top-K and z-score."""
 
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "method.",
+            positive=("capacity", "top_k", "warm_up", "temperature", "logit_scale"),
+            not_negative=("cls_weight", "aux_weight"),
+        )
+        wanted = f"at most method.capacity ({self.capacity}): no class would ever have so many"
+        is_reached = self.warm_up is None or self.warm_up <= self.capacity
+        require(is_reached, "method.warm_up", self.warm_up, wanted)
+
     def build(self, setup: Setup) -> Method:
         from memseg_dist.methods.larvseg.classifier import CosineClassifier
         from memseg_dist.methods.larvseg.method import LarvSeg
@@ -83,6 +94,7 @@ class LarvSegConfig(MethodConfig):
             multiplicity={source.name: setup.multiplicity(source) for source in with_masks},
             base_classes=sorted({int(i) for s in with_masks for i in setup.classes[s.name]}),
             num_slots=setup.num_slots,
+            with_memory=setup.for_training,
             device=setup.device,
         )
 

@@ -40,10 +40,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memseg_dist.batch import Batch, Clock, onto_device
+from memseg_dist.batch import IGNORE, Batch, Clock, onto_device
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.methods.larvseg import attention
 from memseg_dist.methods.larvseg.classifier import CosineClassifier, class_normalised
@@ -59,6 +58,7 @@ from memseg_dist.methods.larvseg.losses import (
 from memseg_dist.methods.larvseg.memory import PixelMemory
 from memseg_dist.methods.method import LinearLogits, Method, memory_figures
 from memseg_dist.methods.pairs import LabelPairs, check_source, columns_of, to_columns
+from memseg_dist.nn.resize import fill_up, valid_positions
 
 
 class LarvSeg(Method):
@@ -66,7 +66,7 @@ class LarvSeg(Method):
 
     classes: per source, the sorted label-space ids [N] of its vocabulary; multiplicity: per mask
     source, how many of its names share each id [N] (absent: one each). base_classes: ids with
-    masks, used by `novel_only`.
+    masks, used by `novel_only`. with_memory: False for a model that only predicts.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class LarvSeg(Method):
         multiplicity: Mapping[str, np.ndarray] | None = None,
         base_classes: Sequence[int] = (),
         num_slots: int = 1,
+        with_memory: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class LarvSeg(Method):
             if config.keep_duplicates and np.max(counts, initial=1) > 1:
                 self.multiplicity[name] = torch.as_tensor(counts, device=device)
         self.memory: PixelMemory | None = None
-        if config.attention == "cross_image":
+        if config.attention == "cross_image" and with_memory:
             self.memory = PixelMemory(
                 config,
                 classifier.num_classes,
@@ -131,22 +132,30 @@ class LarvSeg(Method):
         """L_seg: cross-entropy of every second pixel over the classes of this source only."""
         batch = slot.batch
         assert batch.masks is not None
-        ids_BHW = batch.masks[:, ::LOSS_STRIDE, ::LOSS_STRIDE]
-        return segmentation_loss(
+        ids_BHW = self._loss_grid(batch.masks, IGNORE)
+        divide_by = self.config.seg_denominator
+        loss = segmentation_loss(
             slot.u_BLD.mT.unflatten(2, slot.low_size),
             slot.weight_ND,
             to_columns(ids_BHW, self._column_on_device[batch.source]),
             multiplicity_N=self.multiplicity.get(batch.source),
-            denominator=self.config.seg_denominator,
+            denominator=divide_by,
         )
+        # "all" are the pixels of the crop, without those that it was filled up by
+        of_crop_BHW = batch.masks[:, ::LOSS_STRIDE, ::LOSS_STRIDE]
+        return loss * (ids_BHW.numel() / of_crop_BHW.numel() if divide_by == "all" else 1)
+
+    def _loss_grid(self, pixels_BHW: Tensor, fill: int | bool) -> Tensor:
+        """Every second pixel of the crop, filled up to whole positions of the feature map."""
+        return fill_up(pixels_BHW, self.stride, fill)[:, ::LOSS_STRIDE, ::LOSS_STRIDE]
 
     def _weak_losses(self, slot: SlotFeatures) -> dict[str, Tensor]:
         """L_cls and L_aux (section 3.1, Eq. 5): means over the (image, label) pairs of the slot."""
         batch, config = slot.batch, self.config
         pairs = LabelPairs.of(batch, self._columns[batch.source], slot.u_BLD.device)
         others = attention.OtherLabels.of(pairs, slot.u_BLD.device)
-        valid_BHW = batch.valid[:, ::LOSS_STRIDE, ::LOSS_STRIDE]
-        valid_BL = F.adaptive_avg_pool2d(batch.valid.float(), slot.low_size).flatten(1) >= 0.5
+        valid_BHW = self._loss_grid(batch.valid, False)
+        valid_BL = valid_positions(batch.valid, self.stride)
         if not config.mask_padding:
             valid_BHW, valid_BL = torch.ones_like(valid_BHW), torch.ones_like(valid_BL)
         valid_RHW = valid_BHW[pairs.image].to(slot.u_BLD.dtype)
@@ -239,7 +248,8 @@ class LarvSeg(Method):
         x_BDhw = self.embed(images)
         weight_KD = self.classifier.class_weights(classes)
         u_BLD = self._scaled(x_BDhw.flatten(2).mT, weight_KD)
-        return LinearLogits(u_BLD.mT.unflatten(2, x_BDhw.shape[-2:]), weight_KD)
+        u_BDhw = u_BLD.mT.unflatten(2, x_BDhw.shape[-2:])
+        return LinearLogits(u_BDhw, weight_KD, stride=self.stride)
 
     @torch.no_grad()
     def maps(self, images: Tensor, classes: Sequence[int]) -> dict[str, Tensor]:

@@ -142,6 +142,18 @@ class MCIBIConfig(MethodConfig):
                     "BatchNorm needs two values; use 2 or more"
                 )
         setup.check_masks_show_all_classes()
+        has_consistency = self.memory == "features" and self.consistency_weight > 0
+        if has_consistency and setup.num_steps <= self.consistency_from(setup.epoch_steps):
+            raise ValueError(
+                f"steps is {setup.num_steps}, but method.consistency_epochs "
+                f"{self.consistency_epochs} are {self.consistency_from(setup.epoch_steps)} steps, "
+                "so consistent learning would never begin; train longer, begin earlier, or set "
+                "method.consistency_weight 0"
+            )
+
+    def consistency_from(self, epoch_steps: int) -> int:
+        """The step with which representation consistent learning begins."""
+        return round(self.consistency_epochs * epoch_steps)
 
     def smoke(self) -> MCIBIConfig:
         """Small heads on the last stages that any net has, and every loss within four steps."""

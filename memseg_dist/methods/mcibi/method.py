@@ -94,7 +94,7 @@ class MCIBI(Method):
         self.memory: FeatureMemory | None = None
         if epoch_steps is not None and config.memory == "features":
             self.memory = FeatureMemory(config, num_classes, self.net.dim, device)
-            self.consistency_from = round(config.consistency_epochs * epoch_steps)
+            self.consistency_from = config.consistency_from(epoch_steps)
 
     # ---------------------------------------------------------------- training
 
@@ -146,13 +146,17 @@ class MCIBI(Method):
 
     # ---------------------------------------------------------------- use
 
+    @property
+    def stride(self) -> int:
+        return self.net.stride
+
     @torch.no_grad()
     def predict(self, images: Tensor, classes: Tensor) -> DenseLogits:
         logits = self.net(self.backbone(images)).logits[:, classes]
-        return DenseLogits(self._within(logits, images))
+        return DenseLogits(self._within(logits, images), self.stride)
 
     def _within(self, map: Tensor, images: Tensor) -> Tensor:
-        return within_image(map, images.shape[-2:], self.backbone.stride)
+        return within_image(map, images.shape[-2:], self.stride)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

@@ -112,7 +112,8 @@ class Outputs:
 class Network(nn.Module):
     """Everything behind the backbone. ValueError for settings that do not fit its stages.
 
-    trained: the label-space ids that a source has masks of; None: all.
+    trained: the label-space ids that a source has masks of; None: all. stride: pixels per position
+    of R and of the logits.
     """
 
     codes: Tensor
@@ -143,6 +144,8 @@ class Network(nn.Module):
         self.down = None
         if config.downsample:
             self.down = Conv2dNormActivation(width, width, 3, stride=2)
+        is_fine = config.pixels == "all" or config.context == "uper"
+        self.stride = stages[0 if is_fine else -1].stride * (2 if config.downsample else 1)
         self.reduce = Conv2dNormActivation(width, dim, 3)
         self.auxiliary = nn.ModuleList(
             _plain_head(stages[index].dim, dim, num_classes, dropout) for index in config.aux_heads

@@ -16,11 +16,18 @@ class LabelTally:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, is_shown_BF: Tensor, label_BThw: Tensor, valid_Bhw: Tensor) -> None:
-        """is_shown: the foreground classes of images without masks; label: their pseudo label."""
-        images = torch.full_like(self._sums[0], len(is_shown_BF))
+        """is_shown: the foreground classes of images without masks; label: their pseudo label. An
+        image that is valid nowhere, a blanked one, is none.
+        """
+        is_image_B = valid_Bhw.flatten(1).any(dim=1)
         confidence = (label_BThw.amax(dim=1) * valid_Bhw).sum()
         self._sums += torch.stack(
-            [images, is_shown_BF.any(dim=1).sum(), valid_Bhw.sum(), confidence]
+            [
+                is_image_B.sum(),
+                (is_image_B & is_shown_BF.any(dim=1)).sum(),
+                valid_Bhw.sum(),
+                confidence,
+            ]
         )
 
     def read(self) -> dict[str, float]:

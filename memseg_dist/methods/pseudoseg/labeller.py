@@ -53,7 +53,8 @@ class FusionLabeller(LabellerConfig):
             small = model.fitted(picture.image)[None].to(device)
             with evaluation_mode(method):
                 found = method.pseudo_labels(small, _shown(method, picture, self))
-                confidence, column = _enlarged(found[self.source][0], small, size).max(dim=0)
+                label_THW = _enlarged(found[self.source][0], small, size, method.stride)
+                confidence, column = label_THW.max(dim=0)
                 best = int(trained_T[_largest(column, len(trained_T))])
                 maps = {name: map[0] for name, map in method.maps(small, [best]).items()}
             is_unknown = (confidence < self.threshold).cpu().numpy()
@@ -78,9 +79,9 @@ def _shown(method: PseudoSeg, picture: Picture, options: FusionLabeller) -> Tens
     return torch.from_numpy(is_shown_BF).to(method.net.foreground.device)
 
 
-def _enlarged(map_Thw: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:
+def _enlarged(map_Thw: Tensor, images: Tensor, size: tuple[int, int], stride: int) -> Tensor:
     """[T, H, W] for a picture of `size` that was looked at as `images` [1, 3, Y, X]."""
-    fitted = upsample_positions(map_Thw, (images.shape[-2], images.shape[-1]))
+    fitted = upsample_positions(map_Thw, images.shape[-2:], stride)
     return F.interpolate(fitted[None], size, mode="bilinear", align_corners=False)[0]
 
 

@@ -72,7 +72,7 @@ from memseg_dist.methods.pseudoseg.fusion import sharpen, soft_cross_entropy
 from memseg_dist.methods.pseudoseg.network import Network
 from memseg_dist.nn.batchnorm import leave_out
 from memseg_dist.nn.pixel_loss import pixel_cross_entropy
-from memseg_dist.nn.resize import at_positions, fill_up, within_image
+from memseg_dist.nn.resize import at_positions, fill_up, upsample, within_image
 
 if TYPE_CHECKING:
     from memseg_dist.nn.backbone import Backbone
@@ -128,7 +128,7 @@ class PseudoSeg(Method):
             return pixel_cross_entropy(logits_BNhw, None, target_BHW, denominator="valid")
 
         maps = self.backbone(batch.images, batch.valid)
-        valid_Bhw = at_positions(batch.valid, maps[-1])
+        valid_Bhw = at_positions(batch.valid, maps[-1], self.backbone.stride)
         losses = {"seg": share * pixel_loss(self.net.decode(maps)[:, table.ids[name]])}  # Eq. 1
         if self.net.classifier is not None:
             loss = self._classification(maps[-1], valid_Bhw, batch)
@@ -145,7 +145,7 @@ class PseudoSeg(Method):
         has_labels = batch.supervision == "labels"
         with nullcontext() if has_labels else torch.no_grad():
             maps = self.backbone(batch.images, batch.valid)
-        valid_Bhw = at_positions(batch.valid, maps[-1])
+        valid_Bhw = at_positions(batch.valid, maps[-1], self.backbone.stride)
         if has_labels:
             loss = self._classification(maps[-1], valid_Bhw, batch)
             losses["classification"] = table.share["labels"] * loss
@@ -158,16 +158,23 @@ class PseudoSeg(Method):
         weight = self.config.unlabelled_weight * self._ramp(clock)
         losses["unlabelled"] = table.share["unlabelled"] * weight * loss
         if not clock.idle:
-            self.tally.add(is_shown_BF, target_BThw, at_positions(batch.valid, target_BThw))
+            self.tally.add(
+                is_shown_BF, target_BThw, at_positions(batch.valid, target_BThw, self.stride)
+            )
         return losses
 
     def _classification(self, deep: Tensor, valid_Bhw: Tensor, batch: Batch) -> Tensor:
-        """L_x: the mean, over images and the source's foreground classes, of the cross-entropy."""
+        """L_x: the mean, over images and the source's foreground classes, of the cross-entropy; a
+        blanked image adds 0.
+        """
         columns = self.table.in_foreground[batch.source]
         logits_BF = self.net.classify(deep, valid_Bhw, dropout=True)
         is_named_BF = self.table.named(batch)
+        counts_B1 = batch.valid.flatten(1).any(dim=1, keepdim=True)
         loss = F.binary_cross_entropy_with_logits(
-            logits_BF[:, columns], is_named_BF[:, columns].to(logits_BF.dtype)
+            logits_BF[:, columns],
+            is_named_BF[:, columns].to(logits_BF.dtype),
+            weight=counts_B1.to(logits_BF.dtype),
         )
         return self.config.classification_weight * loss
 
@@ -186,7 +193,7 @@ class PseudoSeg(Method):
         with nullcontext() if config.strong_statistics else leave_out(self, "strong view"):
             maps = self.backbone(view.images, is_seen_BHW)
             logits_BThw = self.net.decode(maps)[:, self.net.trained]
-        is_seen_Bhw = at_positions(is_seen_BHW, logits_BThw)
+        is_seen_Bhw = at_positions(is_seen_BHW, logits_BThw, self.stride)
         teaches_Bhw = is_seen_Bhw & (target_BThw.amax(dim=1) >= config.threshold)
         if config.hard:
             best_B1hw = target_BThw.argmax(dim=1, keepdim=True)
@@ -199,10 +206,15 @@ class PseudoSeg(Method):
 
     # ---------------------------------------------------------------- use
 
+    @property
+    def stride(self) -> int:
+        """The decoder's."""
+        return self.net.fine_stride
+
     @torch.no_grad()
     def predict(self, images: Tensor, classes: Tensor) -> DenseLogits:
         logits = self.net.decode(self.backbone(images))[:, classes]
-        return DenseLogits(self._within(logits, images))
+        return DenseLogits(self._within(logits, images), self.stride)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -218,7 +230,8 @@ class PseudoSeg(Method):
         """
         maps, valid_BHW = self.backbone(images), torch.ones_like(images[:, 0], dtype=torch.bool)
         if is_shown_BF is None:
-            is_shown_BF = self.net.shown(maps[-1], at_positions(valid_BHW, maps[-1]))
+            valid_Bhw = at_positions(valid_BHW, maps[-1], self.backbone.stride)
+            is_shown_BF = self.net.shown(maps[-1], valid_Bhw)
         found = self.net.label_sources(maps, is_shown_BF, valid_BHW)
         if "fused" in found:
             found["sharpened"] = sharpen(found["fused"], self.config.temperature)
@@ -236,16 +249,17 @@ class PseudoSeg(Method):
         shown = {name: map[rows, column] for name, map in self.pseudo_labels(images).items()}
         if self.net.attention is None:
             return shown
-        deep = self.backbone(images)[-1]
+        fine, _, deep = self.backbone(images)
         all_BF = torch.ones(len(images), len(self.net.foreground), device=deep.device)
         cam_BFhw = self.net.activate(deep, all_BF, torch.ones_like(deep[:, 0]))
+        cam_BFhw = upsample(cam_BFhw, fine.shape[-2:])
         # column -1, the background's, is zero
         with_none = F.pad(self._within(cam_BFhw, images), (0, 0, 0, 0, 0, 1))
         column = torch.from_numpy(self.table.in_foreground_K[ids])
         return {"class activation": with_none[rows, column]} | shown
 
     def _within(self, map: Tensor, images: Tensor) -> Tensor:
-        return within_image(map, images.shape[-2:], self.backbone.stride)
+        return within_image(map, images.shape[-2:], self.stride)
 
     def summary(self, clock: Clock) -> dict[str, float]:
         return self.tally.read()

@@ -48,6 +48,7 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         fine, previous, deep = (stage.dim for stage in stages)
+        self.fine_stride, self.deep_stride = stages[0].stride, stages[-1].stride
         self.decoder = DeepLabV3Plus(
             fine, deep, num_classes, rates=config.rates, dim=config.dim, dropout=config.dropout
         )
@@ -110,13 +111,15 @@ class Network(nn.Module):
         found = {"decoder": decoder_BThw.softmax(dim=1)}
         if self.attention is None:
             return found
-        refined = self.refine(maps, is_shown_BF, at_positions(valid_BHW, maps[-1]))
+        refined = self.refine(
+            maps, is_shown_BF, at_positions(valid_BHW, maps[-1], self.deep_stride)
+        )
         refined_BThw = upsample(refined, decoder_BThw.shape[-2:])
         found["activation"] = refined_BThw.softmax(dim=1)
         found["fused"] = fuse(
             decoder_BThw,
             refined_BThw,
-            at_positions(valid_BHW, decoder_BThw),
+            at_positions(valid_BHW, decoder_BThw, self.fine_stride),
             self.config.gamma,
             self.config.norm_scope,
             self.config.centred,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memseg_dist.batch import Batch, Clock, CropBox
+from memseg_dist.batch import Batch, Clock, CropBox, onto_device
 from memseg_dist.memory.layouts import Regions
 from memseg_dist.memory.rows import ShardedRows
 from memseg_dist.memory.rules import Maximum
@@ -73,7 +73,6 @@ def onto_stored_image(
 
     boxes: where each map's crop lies. crop_size: (height, width) of the crops in pixels.
     """
-    device = maps_Rhw.device
     centre = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     sides = torch.tensor(
         [[p.left, p.top, p.width, p.height, p.columns, p.rows] for p in boxes],
@@ -88,6 +87,7 @@ def onto_stored_image(
     grid = torch.stack(
         [x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1
     )
-    grid = (2 * grid - 1).to(maps_Rhw.dtype).to(device, non_blocking=True)
+    grid = (2 * grid - 1).to(maps_Rhw.dtype)
+    grid, inside = onto_device(maps_Rhw.device, grid.numpy(), inside.numpy())
     sampled = F.grid_sample(maps_Rhw[:, None], grid, padding_mode="border", align_corners=False)
-    return sampled[:, 0] * inside.to(device, non_blocking=True)
+    return sampled[:, 0] * inside

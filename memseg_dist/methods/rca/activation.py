@@ -99,7 +99,7 @@ def predicted_maps(
             views = torch.stack([small, small.flip(-1)] if flip else [small])
             maps = _by_maximum(look(views, ids).float())
             for number, low in enumerate(maps):
-                up = upsample_positions(low, size)
+                up = upsample_positions(low, size, method.stride)
                 up = up.flip(-1) if number else up  # after padding is cut off, so halves meet
                 total += F.interpolate(up[None], (height, width), mode="bilinear")[0].cpu()
     return Activation(_by_maximum(total).numpy())

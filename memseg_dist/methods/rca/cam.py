@@ -50,10 +50,11 @@ class Cam(nn.Module):
     def forward(self, features_BDhw: Tensor) -> Tensor:
         return self.score(self.trunk(features_BDhw))
 
-    def prediction(self, features_BDhw: Tensor, columns_K: Tensor) -> Prediction:
-        """The maps of `columns`, [B, K, h, w]."""
+    def prediction(self, features_BDhw: Tensor, columns_K: Tensor, stride: int) -> Prediction:
+        """The maps of `columns`, [B, K, h, w]. stride: pixels per position."""
         if self.head == "per_class":
-            return DenseLogits(self(features_BDhw)[:, columns_K])
+            return DenseLogits(self(features_BDhw)[:, columns_K], stride)
         assert self.score.bias is not None
         weight = self.score.weight[columns_K, :, 0, 0]
-        return LinearLogits(self.trunk(features_BDhw), weight, self.score.bias[columns_K])
+        bias = self.score.bias[columns_K]
+        return LinearLogits(self.trunk(features_BDhw), weight, bias, stride=stride)

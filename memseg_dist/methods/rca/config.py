@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from memseg_dist.checks import check_numbers
+from memseg_dist.checks import check_numbers, require
 from memseg_dist.memory.layouts import TableKind
 from memseg_dist.methods.method import Method, MethodConfig
 from memseg_dist.methods.rca.aggregation import AttentionScale
@@ -107,8 +107,11 @@ class RCAConfig(MethodConfig):
                 "contrast_weight", "saliency_weight", "intermediate_weight", "warmup_epochs",
                 "map_size",
             ),
-            shares=("saliency_overlap", "saliency_foreground", "momentum"),
+            shares=("saliency_overlap", "saliency_foreground", "momentum", "map_gate"),
         )  # fmt: skip
+        is_share = self.gate_by != "output" or 0 <= self.gate <= 1
+        wanted = "from 0 to 1, as method.gate_by 'output' is"
+        require(is_share, "method.gate", self.gate, wanted)
         if self.noise and self.keying != "ring":
             raise ValueError(
                 "method.noise with method.keying 'image': a row that no image wrote would be read; "
@@ -164,6 +167,14 @@ class RCAConfig(MethodConfig):
                 f"steps is {setup.num_steps}, but an epoch takes {setup.epoch_steps}: maps are "
                 "accumulated after the first, so none would be; train longer, or set "
                 "method.map_size 0"
+            )
+
+        warmup = self.warmup_epochs * setup.epoch_steps
+        if self.contrast_weight > 0 and setup.num_steps <= warmup:
+            raise ValueError(
+                f"steps is {setup.num_steps}, but method.warmup_epochs {self.warmup_epochs} are "
+                f"{warmup} steps, so the contrast would never be on; train longer, or set "
+                "method.contrast_weight 0"
             )
 
     def _check_scored(self, setup: Setup) -> None:

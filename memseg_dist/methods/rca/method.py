@@ -59,9 +59,9 @@ from memseg_dist.methods.rca.regions import (
     multi_label_loss,
     region_masks,
     region_means,
-    valid_positions,
 )
 from memseg_dist.methods.rca.saliency_loss import saliency_loss
+from memseg_dist.nn.resize import valid_positions
 
 if TYPE_CHECKING:
     from memseg_dist.nn.backbone import Backbone
@@ -86,7 +86,7 @@ class RCA(Method):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.config, self.stride = config, backbone.stride
+        self.config = config
         self.class_ids = np.unique(np.concatenate(list(classes.values())))
         self._column = columns_of(self.class_ids, num_classes)
         self._source_columns = {
@@ -113,7 +113,7 @@ class RCA(Method):
     def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         config, net, pairs = self.config, self.net, self._pairs(batch)
         (features,) = self.backbone(batch.images, batch.valid)
-        valid_BN = valid_positions(batch.valid, features.shape[-2:], self.stride)
+        valid_BN = valid_positions(batch.valid, self.stride)
         embedded = net.reduce(features)
         p_BLhw, o_BMhw = net.cam(features), net.final(features, embedded)  # Eq. 1; Eq. 7 - 10
         p_BL = masked_mean(p_BLhw.flatten(2), valid_BN)
@@ -125,6 +125,7 @@ class RCA(Method):
                 o_BMhw,
                 target_BL.bool(),
                 batch.saliency,
+                stride=self.stride,
                 tau=config.saliency_overlap,
                 foreground_weight=config.saliency_foreground,
             )
@@ -187,7 +188,7 @@ class RCA(Method):
             slot_clock.seed_forward()
             pairs = self._pairs(batch)
             (features,) = self.backbone(batch.images, batch.valid)
-            valid_BN = valid_positions(batch.valid, features.shape[-2:], self.stride)
+            valid_BN = valid_positions(batch.valid, self.stride)
             mask_RN = self._masks(self.net.cam(features), valid_BN, pairs)
             query_RD = self._queries(self.net.reduce(features), mask_RN, pairs)
             self.contrast.preview(batch, pairs, query_RD, slot_clock)
@@ -220,7 +221,7 @@ class RCA(Method):
         """O of Eq. 10. ValueError for a class that no source labels: it has no map."""
         column = self._map_column(classes)
         (features,) = self.backbone(images)
-        return self.net.prediction(features, column)
+        return self.net.prediction(features, column, self.stride)
 
     def activations(self, images: Tensor, classes: Tensor) -> Tensor:
         """The maps of O, whose channels share a softmax with EPS. ValueError as `predict`."""

@@ -55,10 +55,10 @@ class Network(nn.Module):
             return o_BMhw.softmax(dim=1)[:, :-1]
         return o_BMhw.relu()
 
-    def prediction(self, features: Tensor, columns_K: Tensor) -> Prediction:
-        """O of some of the classes."""
+    def prediction(self, features: Tensor, columns_K: Tensor, stride: int) -> Prediction:
+        """O of some of the classes. stride: pixels per position."""
         aggregated = self.aggregated(features, self.reduce(features))
-        return self.final_cam.prediction(aggregated, columns_K)
+        return self.final_cam.prediction(aggregated, columns_K, stride)
 
     def aggregated(self, features: Tensor, embedded: Tensor) -> Tensor:
         """F^ of Eq. 9, [F, F']."""

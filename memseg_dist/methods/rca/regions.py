@@ -5,7 +5,6 @@ Shape letters: B images, L classes, D channels, N = h w positions, R (image, lab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -25,16 +24,6 @@ def label_targets(batch: Batch, column_C: np.ndarray, scores_BL: Tensor) -> Tens
         target_BL[image, column_C[list(labels)]] = 1
     (target,) = onto_device(scores_BL.device, target_BL)
     return target.to(scores_BL.dtype)
-
-
-def valid_positions(valid_BHW: Tensor, low_size: Sequence[int], stride: int) -> Tensor:
-    """bool [B, N]: positions of the feature map at least half of whose pixels are image.
-
-    Neither padding of the crop nor what a backbone adds to fill the last stride is.
-    """
-    height, width = low_size[0] * stride, low_size[1] * stride
-    missing = (0, width - valid_BHW.shape[2], 0, height - valid_BHW.shape[1])
-    return F.avg_pool2d(F.pad(valid_BHW.float(), missing), stride).flatten(1) >= 0.5
 
 
 def masked_mean(maps_BCN: Tensor, valid_BN: Tensor) -> Tensor:

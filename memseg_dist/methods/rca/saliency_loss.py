@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memseg_dist.nn.resize import upsample
+from memseg_dist.nn.resize import fill_up, upsample
 
 
 def saliency_loss(
@@ -26,13 +26,15 @@ def saliency_loss(
     labels_BL: Tensor,
     saliency_BHW: Tensor | None,
     *,
+    stride: int,
     tau: float = 0.4,
     foreground_weight: float = 0.5,
 ) -> Tensor:
     """The loss above, [], at the size of the saliency map.
 
-    logits: M = L + 1 channels, the background last. labels: bool, the classes present. saliency:
-    0..1, negative where unknown. foreground_weight: lambda (EPS: 0.5 on VOC, 0.9 on COCO).
+    logits: M = L + 1 channels, the background last, of `stride` pixels per position. labels: bool,
+    the classes present. saliency: 0..1, negative where unknown. foreground_weight: lambda (EPS: 0.5
+    on VOC, 0.9 on COCO).
 
     Slow definition: for every image b and pixel q with S_bq >= 0, p = softmax(logits_b) enlarged to
     q; add (lambda fg_q + (1 - lambda)(1 - bg_q) - S_bq)^2; divide by the number of such pixels.
@@ -48,6 +50,7 @@ def saliency_loss(
             f"saliency loss: logits have {num_channels} channels for {num_classes} classes; give "
             f"{num_classes + 1}, the background last"
         )
+    saliency_BHW = fill_up(saliency_BHW, stride, -1)
     share_BMhw = logits_BMhw.softmax(dim=1)
     agrees_BL = _agrees(share_BMhw[:, :-1].detach(), saliency_BHW, tau)
     side_BL = agrees_BL.to(share_BMhw.dtype) - (1 - foreground_weight)  # lambda, or lambda - 1

@@ -142,18 +142,19 @@ class ThreeStage(Method):
         share = clock.num_slots * self._share_of_all[batch.source]
         losses = {}
         if batch.masks is not None:  # Eq. 2
-            loss = hard_loss(logits_BKhw, to_columns(batch.masks, self.column))
+            loss = hard_loss(logits_BKhw, to_columns(batch.masks, self.column), self.stride)
             share_of_labelled = clock.num_slots * self._share_of_labelled[batch.source]
             losses["seg"] = share_of_labelled * loss
         if "taught" in view.maps:  # Eq. 1
             if config.target == "hard":
-                loss = hard_loss(logits_BKhw, to_target(view.maps["taught"], view.counts))
+                target_BHW = to_target(view.maps["taught"], view.counts)
+                loss = hard_loss(logits_BKhw, target_BHW, self.stride)
             else:
-                loss = soft_loss(logits_BKhw, view.maps["taught"], view.counts)
+                loss = soft_loss(logits_BKhw, view.maps["taught"], view.counts, self.stride)
             losses["consistency"] = config.consistency_weight * share * loss
         if self.branch is not None:  # Eq. 3
             target_BHW = to_target(view.maps["pseudo"], view.counts)
-            loss = hard_loss(self.branch(features, self.class_ids), target_BHW)
+            loss = hard_loss(self.branch(features, self.class_ids), target_BHW, self.stride)
             losses["pseudo"] = config.pseudo_weight * share * loss
         return losses
 
@@ -165,9 +166,8 @@ class ThreeStage(Method):
         with evaluation_mode(self):
             logits_BKhw = self._logits(net, batch.images, batch.valid, self.class_ids)
             size = batch.valid.shape[1:]
-            maps = []
+            whole, maps = padded_size(size, self.stride), []
             for low_Khw in logits_BKhw:
-                whole = padded_size(low_Khw, (size[0], size[1]))
                 logits_KHW = upsample(low_Khw, whole)[:, : size[0], : size[1]]
                 if self.config.target == "hard":
                     maps.append((1 + logits_KHW.argmax(dim=0, keepdim=True)).float())
@@ -214,7 +214,8 @@ class ThreeStage(Method):
 
     @torch.no_grad()
     def predict(self, images: Tensor, classes: Tensor) -> DenseLogits:
-        return DenseLogits(self._logits(self._predictor(), images, None, classes))
+        logits = self._logits(self._predictor(), images, None, classes)
+        return DenseLogits(logits, self.stride)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

@@ -84,14 +84,17 @@ def draw_panels(
             size = (image.shape[-2], image.shape[-1])
             prediction = segment(method.predict, image, ids, inference)
             small = F.interpolate(target[None, None].double(), size, mode="nearest")[0, 0].long()
-            maps = method.maps(image[None], [classes[focus].class_id])
+            maps = {
+                name: upsample_positions(low, size, method.stride)
+                for name, low in method.maps(image[None], [classes[focus].class_id]).items()
+            }
             picture = panel(
                 image.permute(1, 2, 0).cpu().numpy(),
                 small.cpu().numpy(),
                 prediction.cpu().numpy(),
                 {
-                    f"{name}: {classes[focus].name}": upsample_positions(low, size)[0].cpu().numpy()
-                    for name, low in maps.items()
+                    f"{name}: {classes[focus].name}": enlarged[0].cpu().numpy()
+                    for name, enlarged in maps.items()
                 },
                 [item.name for item in classes],
             )

@@ -129,7 +129,9 @@ def sample_pixels(
             image, truth, key, _ = dataset[index]
             features = method.embed(image[None].to(device))[0].float()
             size = (image.shape[-2], image.shape[-1])
-            target = truth_of_positions(to_evaluated(truth, class_ids), size, features)
+            target = truth_of_positions(
+                to_evaluated(truth, class_ids), size, features, method.stride
+            )
             low_size = (target.shape[0], target.shape[1])
             for label, points in draw_points(target, low_size, MAX_PER_IMAGE, (key,)).items():
                 row, column = points.unbind(1)
@@ -145,12 +147,14 @@ def sample_pixels(
     return Vectors(np.concatenate(taken), np.repeat(np.array(labels, np.int64), counts))
 
 
-def truth_of_positions(truth: Tensor, size: tuple[int, int], features: Tensor) -> Tensor:
+def truth_of_positions(
+    truth: Tensor, size: tuple[int, int], features: Tensor, stride: int
+) -> Tensor:
     """int64 [h, w]: the truth [H, W] of an image of `size` at the positions of `features`
-    [D, h, w], by nearest neighbours; IGNORE in the network's padding.
+    [D, h, w], of `stride` pixels each, by nearest neighbours; IGNORE in the network's padding.
     """
     small = F.interpolate(truth[None, None].double(), size, mode="nearest")
-    whole = padded_size(features, size)
+    whole = padded_size(size, stride)
     margin = (0, whole[1] - size[1], 0, whole[0] - size[0])
     padded = F.pad(small, margin, value=float(IGNORE))
     return F.interpolate(padded, features.shape[-2:], mode="nearest-exact")[0, 0].long()

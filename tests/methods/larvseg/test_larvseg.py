@@ -1,6 +1,7 @@
 """LarvSeg against the long computation of the paper, value and gradient, and each flag's effect."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from memseg_dist.methods.larvseg.classifier import CosineClassifier
 from memseg_dist.methods.larvseg.config import LarvSegConfig
 from memseg_dist.methods.larvseg.method import LarvSeg
 from memseg_dist.methods.setup import Setup
+from memseg_dist.train.checkpoint import Checkpoint
+from memseg_dist.train.load_model import load_model
 
 NUM_CLASSES, DIM, SIZE, GRID = 9, 12, 64, 8
 SETTINGS = LarvSegConfig(
@@ -114,6 +117,37 @@ def test_losses_and_gradients_equal_the_paper_over_a_run(dtype, tolerance, monke
                 parameter += 0.05 * torch.randn_like(parameter)
     assert num_aux >= 5, "the memory never warmed up: nothing was compared"
     assert method.memory.read.counts.max() == SETTINGS.capacity
+
+
+@pytest.mark.parametrize("denominator", ["valid", "all"])
+def test_a_crop_of_any_size_is_one_that_was_padded(denominator):
+    """Of 59 pixels, of which L_seg reads every second: 8 whole positions of 8, as evaluation
+    enlarges them. Three losses and the memory.
+    """
+    found = []
+    for size in (SIZE, 59):
+        method = build(dataclasses.replace(SETTINGS, seg_denominator=denominator, warm_up=1))
+        for step in range(2):
+            batches = []
+            for item in (batch("masks", [(), ()], step), weak_batch(step)):
+                item.images[..., 59:, :] = item.images[..., 59:] = 0
+                item.valid[:, 59:] = item.valid[..., 59:] = False
+                if item.masks is not None:
+                    item.masks[:, 59:] = item.masks[..., 59:] = IGNORE
+                cut = {
+                    name: None if part is None else part[..., :size, :size]
+                    for name in ("images", "valid", "masks")
+                    for part in [getattr(item, name)]
+                }
+                batches.append(dataclasses.replace(item, **cut))
+            clock = Clock(step)
+            losses = {name: loss for item in batches for name, loss in method(item, clock).items()}
+            method.after_step(clock)
+        assert losses["aux"] > 0
+        found.append({**losses, "memory": method.memory.read.means})
+    if denominator == "all":  # by 32 x 32 pixels, or by the 30 x 30 of the crop
+        found[0]["seg"] = found[0]["seg"] * 32**2 / 30**2
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_cold_memory_gives_no_auxiliary_loss_and_the_baseline_has_none():
@@ -333,3 +367,11 @@ def test_class_vectors_are_the_means_of_the_classes_with_rows(scope):
 class TestContract(MethodContract):
     method = LarvSegConfig(capacity=3, top_k=4, warm_up=1)
     losses = {"masks": {"seg"}, "weak": {"cls", "aux"}}
+
+    def test_a_model_that_only_predicts_reads_no_memory(self, whole, tmp_path):
+        copy = tmp_path / "published"
+        shutil.copytree(f"{whole[0].directory}/checkpoints/step-00000006", copy)
+        for path in copy.glob("memory-*"):
+            path.unlink()
+        model = load_model(Checkpoint(str(copy)), torch.device("cpu"))
+        assert model.method.memory is None and model.method.state() == {}

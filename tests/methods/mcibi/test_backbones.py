@@ -110,7 +110,7 @@ def run_config(data, **changes) -> RunConfig:
     assert base.validation is not None
     defaults = {
         "sources": (source,),
-        "method": replace(SMALL, stages=(-1,), aux_heads=(0,)),
+        "method": replace(SMALL, stages=(-1,), aux_heads=(0,), consistency_epochs=0.0),
         "validation": replace(base.validation, base=(), novel=(), exclude=("n2", "n3")),
         "engine": EngineConfig("torch"),
     }
@@ -159,6 +159,15 @@ def test_one_image_per_slot_under_a_pooled_branch(data):
         method = replace(config.method, context=context, stages=(-2, -1))
         refused(replace(config, sources=alone, method=method), "batch_per_slot 1.*use 2 or more")
     build_method(replace(config, sources=alone), build_label_space(config))
+
+
+def test_consistent_learning_that_would_never_begin(data):
+    """Of 6 steps, where an epoch takes 3."""
+    config = run_config(data)
+    late = replace(config.method, consistency_epochs=2.0)
+    refused(replace(config, method=late), r"steps is 6, but method.consistency_epochs 2.0 are 6")
+    off = replace(late, consistency_weight=0.0)
+    build_method(replace(config, method=off), build_label_space(config))
 
 
 def test_a_stage_that_the_backbone_lacks(data):

@@ -43,7 +43,7 @@ def test_masks_are_the_argmax_of_the_enlarged_label():
     method = build(replace(SMALL, shown_from=0.4)).eval()
     found = FusionLabeller().open(Opened(method))(PICTURE)
     label = method.pseudo_labels(PICTURE.image[None])["sharpened"][0]
-    confidence, column = upsample_positions(label, (16, 16)).max(dim=0)
+    confidence, column = upsample_positions(label, (16, 16), method.stride).max(dim=0)
     assert np.array_equal(found.mask, MASKED[column.numpy()])
     middle = float(confidence.median())
     found = FusionLabeller(threshold=middle).open(Opened(method))(PICTURE)
@@ -62,7 +62,7 @@ def test_labels_of_the_image_take_the_place_of_the_classifier():
         sources[restrict] = labeller.open(Opened(method))(labelled).mask
     shown = torch.tensor([[True, True, False]])
     expected = method.pseudo_labels(PICTURE.image[None], shown)["activation"][0]
-    column = upsample_positions(expected, (16, 16)).argmax(dim=0)
+    column = upsample_positions(expected, (16, 16), method.stride).argmax(dim=0)
     assert np.array_equal(sources[True], MASKED[column.numpy()])
     assert not np.array_equal(sources[True], sources[False])
 

@@ -321,6 +321,33 @@ def test_pictures_show_every_source_of_the_label():
     assert not shown["class activation"][0].any() and shown["class activation"][1].max() <= 1
 
 
+@pytest.mark.parametrize("source", ["masks", "weak"])
+def test_a_blanked_image_teaches_no_class_that_it_is_absent(source):
+    """Its share of L_x is 0, whatever labels it has."""
+    method = build().eval()  # a single image has no BatchNorm
+    method.net.classifier.bias.data.normal_()  # a blank image has scores too
+    item = batch(source)
+    item.valid[1] = item.images[1] = 0
+    item = replace(item, labels=(item.labels[0], ()))
+    alone = replace(
+        item,
+        images=item.images[:1],
+        valid=item.valid[:1],
+        masks=None if item.masks is None else item.masks[:1],
+        labels=item.labels[:1],
+        keys=("a",),
+    )
+    both, one = (method(part, Clock(1))["classification"] for part in (item, alone))
+    torch.testing.assert_close(both, one / 2)
+
+
+def test_a_blanked_image_is_in_no_figure():
+    method, item = build(replace(SMALL, shown_from=0.0)), batch("unlabelled")
+    item.valid[1] = False
+    method(item, Clock(1))
+    assert method.tally._sums[:2].tolist() == [1, 1]
+
+
 def test_figures_tell_how_sure_the_pseudo_labels_are():
     method = build(replace(SMALL, shown_from=1.0))
     method(batch("unlabelled"), Clock(1))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from memseg_dist.batch import CropBox
+from memseg_dist.batch import CropBox, onto_device
+from memseg_dist.methods.rca import accumulate
 from memseg_dist.methods.rca.accumulate import onto_stored_image
 
 
@@ -28,3 +29,17 @@ def test_a_crop_lands_where_it_was_cut(flipped):
     inner = inside & (centre < left + width - 1 / size) & (centre > left + 1 / size)
     inner &= (centre < top + height - 1 / size)[:, None]
     assert (found - ramp)[inner].abs().max() < 0.01
+
+
+def test_what_the_host_makes_goes_up_in_one_copy(monkeypatch):
+    """From pinned memory, which `onto_device` takes: from another the copy would wait."""
+    packed = []
+
+    def watched(device, *arrays):
+        packed.append(len(arrays))
+        return onto_device(device, *arrays)
+
+    monkeypatch.setattr(accumulate, "onto_device", watched)
+    box = CropBox(0.0, 0.0, 1.0, 1.0, False, 8, 8)
+    onto_stored_image(torch.ones(2, 4, 4), [box, box], (8, 8), 4)
+    assert packed == [2]

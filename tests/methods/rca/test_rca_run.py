@@ -12,6 +12,7 @@ from train.shards import SIZE, larvseg_config, write_squares
 from train.test_loop import Here, Watching, losses
 
 from memseg_dist import dist
+from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.config import EngineConfig, RunConfig, from_json, to_json
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source
@@ -192,6 +193,13 @@ def test_what_would_fail_late_fails_before_the_first_step(data, tmp_path):
     )
     with pytest.raises(ValueError, match=r"source 'two' .* the image key 's00.*' occurs twice"):
         run(to_json(rca_config(data, tmp_path, sources=twice)))
+
+
+def test_a_contrast_that_would_never_be_on_is_refused(data, tmp_path):
+    method = dataclasses.replace(METHOD, warmup_epochs=NUM_STEPS // 2)
+    config = rca_config(data, tmp_path, method=method)
+    with pytest.raises(ValueError, match=r"steps is 8, but method.warmup_epochs 4 are 8 steps"):
+        build_method(config, build_label_space(config))
 
 
 def test_more_prototypes_than_rows_and_a_gate_that_nothing_passes(data, tmp_path):

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from memseg_dist.methods.rca.saliency_loss import saliency_loss
 
 DOUBLE = torch.float64
+STRIDE = 3
 
 
 def in_loops(logits, labels, saliency, tau, weight):
     total, count = torch.zeros((), dtype=logits.dtype), 0
     num_images, height, width = saliency.shape
-    share = F.interpolate(
-        logits.softmax(dim=1), (height, width), mode="bilinear", align_corners=False
-    )
+    whole = [STRIDE * positions for positions in logits.shape[-2:]]
+    share = F.interpolate(logits.softmax(dim=1), whole, mode="bilinear", align_corners=False)
     num_agreeing = 0
     for b in range(num_images):
         present = [c for c in range(labels.shape[1]) if labels[b, c]]
@@ -45,7 +45,9 @@ def in_loops(logits, labels, saliency, tau, weight):
 
 
 def example(seed: int = 0):
-    """Saliency with unknown pixels; per image two present classes that show, not all salient."""
+    """Saliency of no whole positions, with unknown pixels; per image two present classes that show,
+    not all salient.
+    """
     torch.manual_seed(seed)
     logits = torch.randn(3, 5, 4, 5, dtype=DOUBLE)
     labels = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
@@ -62,7 +64,7 @@ def example(seed: int = 0):
 @pytest.mark.parametrize("tau, weight", [(0.4, 0.5), (0.4, 0.9), (0.0, 0.5), (1.0, 0.3)])
 def test_equals_the_loops_in_value_and_gradient(tau, weight):
     logits, labels, saliency = example()
-    got = saliency_loss(logits, labels, saliency, tau=tau, foreground_weight=weight)
+    got = saliency_loss(logits, labels, saliency, stride=STRIDE, tau=tau, foreground_weight=weight)
     expected, num_agreeing = in_loops(logits, labels, saliency, tau, weight)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(
@@ -75,11 +77,12 @@ def test_equals_the_loops_in_value_and_gradient(tau, weight):
 def test_absent_classes_and_unknown_pixels():
     logits, labels, saliency = example()
     with_other_values = saliency.masked_fill(saliency < 0, -7.0)
-    assert torch.equal(
-        saliency_loss(logits, labels, saliency), saliency_loss(logits, labels, with_other_values)
+    one, other = (
+        saliency_loss(logits, labels, maps, stride=STRIDE) for maps in (saliency, with_other_values)
     )
+    assert torch.equal(one, other)
     nothing_known = torch.full_like(saliency, -1.0)
-    loss = saliency_loss(logits, labels, nothing_known)
+    loss = saliency_loss(logits, labels, nothing_known, stride=STRIDE)
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().max() == 0
 
@@ -90,9 +93,11 @@ def test_perfect_maps_cost_nothing():
     logits = torch.zeros(1, 3, 6, 6)
     logits[:, 1] = 40 * saliency
     logits[:, 2] = 40 * (1 - saliency)
-    assert saliency_loss(logits, torch.tensor([[False, True]]), saliency).item() < 1e-9
+    labels = torch.tensor([[False, True]])
+    assert saliency_loss(logits, labels, saliency, stride=1).item() < 1e-9
 
 
 def test_a_missing_background_channel_is_named():
     with pytest.raises(ValueError, match="4 channels for 4 classes; give 5, the background last"):
-        saliency_loss(torch.zeros(1, 4, 2, 2), torch.ones(1, 4).bool(), torch.zeros(1, 4, 4))
+        logits, labels = torch.zeros(1, 4, 2, 2), torch.ones(1, 4).bool()
+        saliency_loss(logits, labels, torch.zeros(1, 4, 4), stride=2)
