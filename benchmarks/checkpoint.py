@@ -65,7 +65,7 @@ def main() -> None:
     config = RunConfig(name="run", storage="/nowhere", sources=sources, method=ClassifyConfig())
     engine = Weights(options.megabytes)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        saver = Saver(directory, config, LABELS, keep=1)
+        saver = Saver(directory, config, LABELS, {}, keep=1)
         started = time.perf_counter()
         for _ in range(20):
             step()

@@ -71,7 +71,8 @@ def measure(root: Path, cache: Path) -> dict[str, float]:
     seconds_open = time.perf_counter() - start
     seconds_step = draw_steps(index, BlockedOrder(index.shard_sizes, seed=0))
     own_after, total_after = resident()
-    draw_steps(index, BlockedOrder(index.shard_sizes, 0, repeats=repeat_factors(index, 1e-4)))
+    repeats = repeat_factors(index, np.arange(index.max_label + 1), 1e-4)
+    draw_steps(index, BlockedOrder(index.shard_sizes, 0, repeats=repeats))
     own_balanced, _ = resident()
     return {
         "rows": len(index),

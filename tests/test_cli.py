@@ -204,6 +204,20 @@ def test_eval_on_the_runs_own_validation_set(run, tmp_path, capsys):
     assert len([*tmp_path.glob("panel-*.png")]) == 2
 
 
+def test_eval_leaves_out_what_the_run_excludes(run, tmp_path):
+    root, _, _ = run
+    config = larvseg_config(root, tmp_path, engine=EngineConfig("torch"))
+    validation = dataclasses.replace(config.validation, exclude=("n1", "n2"))
+    config = dataclasses.replace(config, validation=validation)
+    space = build_label_space(config)
+    method = build_method(config, space)
+    engine = TorchEngine(method, config, torch.device("cpu"))
+    save(str(tmp_path / "run"), 1, engine, method.state(), config, space, keep=1)
+    command("eval", "--checkpoint", tmp_path / "run", "--max-images", 1, "--out", tmp_path / "out")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [row["uid"] for row in scores["classes"]] == ["n0", "n3"]
+
+
 def test_eval_prototype_probe(run, tmp_path, capsys):
     command("eval", "--checkpoint", run[1], "--prototype-probe", "--runs", 2, "--out", tmp_path)
     assert len(json.loads((tmp_path / "scores.json").read_text())["runs"]) == 2

@@ -104,7 +104,9 @@ def _evaluated(
     if not base and not novel:
         base, novel = _groups(config, space, name)
     counts = image_counts(config.active_sources, space, config.cache_directory) if buckets else None
-    classes = evaluated_classes(space, name, base=base, novel=novel, training_images=counts)
+    classes = evaluated_classes(
+        space, name, base=base, novel=novel, exclude=validation.exclude, training_images=counts
+    )
     dataset = EvalDataset(
         validation.path, space, name, resize=settings.resize, keep_ratio=settings.keep_ratio
     )

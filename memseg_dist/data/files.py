@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -25,6 +25,8 @@ _VERSIONS = (
     "Last-Modified", "last_modified", "updated", "created",
 )  # fmt: skip
 """What stores call the marks of a file's content or age."""
+_LOST_SLASH = re.compile(r"[\w+.-]+:/(?!/)")
+"""What pathlib makes of a URL."""
 
 
 def default_cache() -> Path:
@@ -37,8 +39,8 @@ def is_url(path: str | Path) -> bool:
 
 
 def check_path(path: str | Path) -> str:
-    """The path as text; ValueError for `pipe:`, which would run a shell command, and for what no
-    file system takes.
+    """The path as text; ValueError for `pipe:`, which would run a shell command, for a URL that was
+    made a Path, which would be a local folder named "s3:", and for what no file system takes.
     """
     text = str(path)
     require("\0" not in text, "path", text, "without a zero byte")
@@ -46,6 +48,11 @@ def check_path(path: str | Path) -> str:
         raise ValueError(
             f"refusing {text!r}: a pipe: URL runs a shell command; give a file path or an fsspec "
             "URL (s3://, gs://, https://)"
+        )
+    if _LOST_SLASH.match(text):
+        raise ValueError(
+            f"{text!r} is a URL that has lost a slash, as in a Path; give a local path, or, where "
+            "URLs are taken, the URL as text"
         )
     return text
 
@@ -61,7 +68,7 @@ def local_path(path: str | Path) -> Path | None:
     """The path on this machine, or None for a remote URL."""
     text = check_path(path)
     if text.startswith("file://"):
-        return Path(urlsplit(text).path)
+        return Path(text.removeprefix("file://"))  # as fsspec: '#', '?' and '%' are letters
     return None if is_url(text) else Path(text)
 
 
@@ -167,15 +174,26 @@ def read_json(path: str | Path) -> Any:
 
 def make_folder(path: str | Path) -> Path:
     """A local folder that exists; ValueError naming it if it cannot be made or written to."""
-    local = local_path(path)
-    if local is None:
-        raise ValueError(f"cannot write to the URL {path}: write to a local folder and upload it")
+    local = _not_a_url(path)
     try:
         local.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(local, error) from error
     if not os.access(local, os.W_OK):
         raise unwritable(local, PermissionError("no permission to write"))
+    return local
+
+
+def make_parent(path: str | Path) -> Path:
+    """The local path of a file to write, in a folder that exists; ValueError as `make_folder`."""
+    local = _not_a_url(path)
+    return make_folder(local.parent) / local.name
+
+
+def _not_a_url(path: str | Path) -> Path:
+    local = local_path(path)
+    if local is None:
+        raise ValueError(f"cannot write to the URL {path}: write to a local folder and upload it")
     return local
 
 
@@ -198,7 +216,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """All of `content` or nothing, under `path`."""
-    target = make_folder(Path(check_path(path)).parent) / Path(path).name
+    target = make_parent(path)
     temporary = temporary_beside(target)
     try:
         temporary.write_bytes(content)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from memseg_dist.batch import derive_seed
+from memseg_dist.batch import IGNORE, derive_seed
 from memseg_dist.data import files
 from memseg_dist.data.columns import FACTS_NAME, LAYOUT, ROWS_NAME, Facts, convert, read_rows
 from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME
@@ -180,11 +180,25 @@ class Index:
         first, last = self.labels_offsets[number : number + 2]
         return tuple(self.labels_values[first:last].tolist())
 
-    def class_image_counts(self, num_classes: int) -> NDArray[np.int64]:
-        """int64 [num_classes]: how many images carry each local label."""
+    def class_image_counts(
+        self, num_classes: int, ids: NDArray[np.integer] | None = None
+    ) -> NDArray[np.int64]:
+        """int64 [num_classes]: how many images carry a label of each class.
+
+        ids: local label -> class, or IGNORE for what is not counted; by default the label itself.
+        ValueError for a label that has no id.
+        """
+        ids = np.arange(num_classes) if ids is None else ids
+        self.check_labels(len(ids))
         counts = np.zeros(num_classes, dtype=np.int64)
-        for first in range(0, len(self.labels_values), 1 << 20):
-            counts += np.bincount(self.labels_values[first : first + (1 << 20)], None, num_classes)
+        for first in range(0, len(self), 1 << 18):
+            offsets = self.labels_offsets[first : first + (1 << 18) + 1]
+            class_of = ids[self.labels_values[offsets[0] : offsets[-1]]].astype(np.int64)
+            image = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+            # several labels of an image may be one class; np.unique takes many times as long
+            pairs = np.sort((image * num_classes + class_of)[class_of != IGNORE])
+            pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+            counts += np.bincount(pairs % num_classes, minlength=num_classes)
         return counts
 
     def class_pixel_counts(self, num_classes: int) -> NDArray[np.int64]:
@@ -207,14 +221,22 @@ class Index:
         return np.arange(first, last)
 
     def fingerprint(self) -> str:
-        """16 hex digits that follow from the sizes of all images and masks and from their labels,
-        wherever the shards lie.
+        """16 hex digits that follow from the sizes of all shards, images and masks and from the
+        labels, wherever the shards lie.
         """
         sizes = (self.numbers(name) for name in ("image_size", "mask_size"))
         digest = hashlib.blake2b(digest_size=8)
-        for values in (*sizes, self.labels_offsets, self.labels_values):
+        for values in (self.shard_sizes, *sizes, self.labels_offsets, self.labels_values):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
+
+    def check_labels(self, num_classes: int) -> None:
+        """ValueError if a label is none of `num_classes`."""
+        if self.max_label >= num_classes:
+            raise ValueError(
+                f"{self.root}: label {self.max_label} is outside the vocabulary of {num_classes} "
+                "classes; use the vocabulary.json that was written with the shards"
+            )
 
     def check_shards(self) -> None:
         """ValueError if a local shard is missing or shorter than its index says."""

@@ -9,6 +9,7 @@ processes, and not of where a run was interrupted.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,9 +71,10 @@ class _Requests(Sampler[_Request]):
         self.slots = slots
         self.span = range(0)
         self._sources = [reader.source for reader in readers]
-        self._orders = [_order(reader, seed) for reader in readers]
         # Per slot: its source, and which of that source's slots it is.
         self._places = [(n, slot) for n, s in enumerate(self._sources) for slot in range(s.slots)]
+        own = Counter(self._places[slot][0] for slot in slots)
+        self._orders = [_order(reader, seed, own[n]) for n, reader in enumerate(readers)]
 
     def __iter__(self) -> Iterator[_Request]:
         for step in self.span:
@@ -89,12 +91,12 @@ class _Requests(Sampler[_Request]):
         return len(self.span) * len(self.slots)
 
 
-def _order(reader: SourceReader, seed: int) -> BlockedOrder:
+def _order(reader: SourceReader, seed: int, own_slots: int) -> BlockedOrder:
     source, index = reader.source, reader.index
     share = source.repeat_threshold
-    repeats = None if share is None else repeat_factors(index, share)
+    repeats = None if share is None else repeat_factors(index, reader.kept_ids, share)
     order_seed = derive_seed(seed, "order", source.name)
-    order = BlockedOrder(index.shard_sizes, order_seed, source.group, repeats)
+    order = BlockedOrder(index.shard_sizes, order_seed, source.group, repeats, own_slots)
     if len(order) < source.slots:
         raise ValueError(
             f"source {source.name!r} at {source.path}: {len(order)} samples cannot fill "
@@ -163,6 +165,10 @@ class TrainLoader:
     @property
     def num_slots(self) -> int:
         return sum(source.slots for source in self.sources)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the samples and the pseudo masks of each source; a second for 13M samples."""
+        return {part: of for reader in self._readers for part, of in reader.fingerprints().items()}
 
     @property
     def samples_per_step(self) -> int:

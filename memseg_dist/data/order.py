@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memseg_dist.batch import derive_seed
+from memseg_dist.batch import IGNORE, derive_seed
 
 if TYPE_CHECKING:
     from memseg_dist.data.index import Index
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Rows = NDArray[np.int64]
 Pair = tuple[Rows, Rows]
 
-_CACHED_ROWS = 1 << 21  # 32 MiB of groups, if all are alike (or one group, if that is larger)
+_CACHED_ROWS = 1 << 21  # 32 MiB of groups, if all are alike (more, if the slots' own are larger)
 
 
 class Draw(NamedTuple):
@@ -52,7 +52,8 @@ class BlockedOrder:
     """The order of one source's samples.
 
     shard_sizes: samples per shard; rows are counted shard by shard. group: how many shards are
-    shuffled together. repeats: how often each row comes in an epoch (once, if None).
+    shuffled together. repeats: how often each row comes in an epoch (once, if None). own_slots: how
+    many slots are walked side by side, so that the group of each is kept.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class BlockedOrder:
         seed: int,
         group: int = 16,
         repeats: NDArray[np.integer] | None = None,
+        own_slots: int = 1,
     ) -> None:
         self.seed = seed
         self.group = group
@@ -83,7 +85,7 @@ class BlockedOrder:
         self._length = int(self._weights.sum())
         per_group = max(1, self._length * group // len(shard_sizes))
         self._epoch = lru_cache(8)(self._order_of_groups)
-        self._group = lru_cache(max(1, _CACHED_ROWS // per_group))(self._group_rows)
+        self._group = lru_cache(max(own_slots + 1, _CACHED_ROWS // per_group))(self._group_rows)
 
     def __len__(self) -> int:
         """Positions in an epoch."""
@@ -127,23 +129,25 @@ class BlockedOrder:
         return rows[chosen], copies[chosen]
 
 
-def repeat_factors(index: Index, threshold: float) -> NDArray[np.uint16]:
+def repeat_factors(index: Index, ids: NDArray[np.integer], threshold: float) -> NDArray[np.uint16]:
     """uint16 [rows]: how often each sample comes per epoch so that rare classes are seen more.
 
     As in LVIS: a class in a share f of the images has the factor max(1, sqrt(threshold / f)); an
     image has its rarest class's. The fraction is rounded up for that share of the rows which a hash
-    of the row picks, so the numbers depend on nothing else.
+    of the row picks, so the numbers depend on nothing else. ids: local label -> class, or IGNORE
+    for labels that balance nothing.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"repeat_threshold is {threshold}; it is a share of the images, 0 .. 1")
-    counts = index.class_image_counts(index.max_label + 1)
+    counts = index.class_image_counts(int(ids.max(initial=0)) + 1, ids)
     share = np.maximum(counts, 1) / len(index)
     of_class = np.maximum(1.0, np.sqrt(threshold / share))
+    of_label = np.where(ids == IGNORE, 1.0, of_class[ids])
     repeats = np.ones(len(index), dtype=np.uint16)
     for first in range(0, len(index), 1 << 18):
         last = min(first + (1 << 18), len(index))
         offsets = index.labels_offsets[first : last + 1]
-        factors = of_class[index.labels_values[offsets[0] : offsets[-1]]]
+        factors = of_label[index.labels_values[offsets[0] : offsets[-1]]]
         labelled = np.flatnonzero(np.diff(offsets) > 0)
         if len(labelled) == 0:
             continue

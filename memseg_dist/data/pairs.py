@@ -86,7 +86,6 @@ def image_counts(
     """
     counts = np.zeros(len(label_space), dtype=np.int64)
     for source in _labelled(sources):
-        to_union = label_space.to_union[source.name]
-        index = open_index(source, cache_dir)
-        np.add.at(counts, to_union, index.class_image_counts(len(to_union)))
+        ids = label_space.ids(source.name)
+        counts += open_index(source, cache_dir).class_image_counts(len(counts), ids)
     return counts

@@ -38,7 +38,7 @@ class PseudoMasks:
         where: str,
     ) -> None:
         where = f"{where}, pseudo_masks {path}"
-        masks = Index.open(path, cache_dir)
+        self.index = masks = Index.open(path, cache_dir)
         ids = ids_by_uid(masks.vocabulary, label_space, where)
         excluded = [label_space.vocabulary.index(uid) for uid in exclude]
         ids[np.isin(ids, excluded)] = IGNORE

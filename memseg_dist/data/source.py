@@ -111,13 +111,13 @@ class SourceReader:
     ) -> None:
         self.source = source
         self.index = open_index(source, cache_dir)
-        kept = kept_ids(source, label_space)
-        check_source(source, self.index, len(kept))
+        self.kept_ids = kept_ids(source, label_space)
+        check_source(source, self.index, len(self.kept_ids))
         self._swap = swapped_ids(source, label_space)
         if source.saliency is not None:
             check_has_saliency(source.saliency, self.index.key(0))
         shards = ShardCache(cache_dir / "shards", cache_bytes)
-        self._reader = Reader(self.index, shards, kept)
+        self._reader = Reader(self.index, shards, self.kept_ids)
         self._pseudo_masks = None
         if source.pseudo_masks is not None:
             self._pseudo_masks = PseudoMasks(
@@ -125,6 +125,13 @@ class SourceReader:
                 where=f"source {source.name!r}",
             )  # fmt: skip
         self._seed = seed
+
+    def fingerprints(self) -> dict[str, str]:
+        """By what they are of: the source's samples, and its pseudo masks. See `Index`."""
+        name, indexes = self.source.name, {self.source.name: self.index}
+        if self._pseudo_masks is not None:
+            indexes[f"{name}.pseudo_masks"] = self._pseudo_masks.index
+        return {part: index.fingerprint() for part, index in indexes.items()}
 
     def batch(self, draws: Sequence[Draw]) -> Batch:
         source = self.source
@@ -236,11 +243,7 @@ def check_source(source: Source, index: Index, num_classes: int) -> None:
     where = f"source {source.name!r} at {source.path}"
     if len(index) == 0:
         raise ValueError(f"{where} has no samples; check the path or write the data set again")
-    if index.max_label >= num_classes:
-        raise ValueError(
-            f"{where}: label {index.max_label} is outside the vocabulary of {num_classes} classes; "
-            "use the vocabulary.json that was written with the shards"
-        )
+    index.check_labels(num_classes)
     if index.num_unreadable and source.on_corrupt == "raise":
         raise ValueError(
             f"{where}: {index.num_unreadable} of {len(index)} samples could not be read when they "

@@ -84,9 +84,10 @@ def evaluated_classes(
     vocabulary = label_space.vocabulary
     ids = [class_id for class_id in label_space.classes(source).tolist() if class_id != IGNORE]
     uids = [vocabulary.categories[class_id].uid for class_id in ids]
+    known, excluded = {*uids}, {*exclude}
     for what, given in (("base", base), ("novel", novel), ("exclude", exclude)):
         for uid in given:
-            if uid not in uids:
+            if uid not in known:
                 near = difflib.get_close_matches(uid, uids, n=3)
                 hint = f"; nearest: {', '.join(near)}" if near else ""
                 raise ValueError(
@@ -106,7 +107,7 @@ def evaluated_classes(
             training_images=None if training_images is None else int(training_images[class_id]),
         )
         for class_id, uid in zip(ids, uids, strict=True)
-        if uid not in exclude
+        if uid not in excluded
     ]
 
 

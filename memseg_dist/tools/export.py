@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-from memseg_dist.data.files import temporary_beside
+from memseg_dist.data.files import make_parent, temporary_beside
 from memseg_dist.nn.backbone import build_backbone, save_backbone
 from memseg_dist.stages import ExportConfig
 from memseg_dist.train.load_model import find_checkpoint
@@ -24,8 +23,7 @@ def export_backbone(config: ExportConfig) -> None:
     backbone.load_state_dict(
         {name.removeprefix(prefix): part for name, part in weights if name.startswith(prefix)}
     )
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = make_parent(config.out)
     unfinished = temporary_beside(out)
     save_backbone(backbone, unfinished)
     unfinished.replace(out)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -204,4 +204,4 @@ def write_splits(root: str, splits: Mapping[str, Sequence[str]], overwrite: bool
                 "which runs that used it are no longer what they were"
             )
     for name, keys in splits.items():
-        write_atomically(Path(split_path(root, name)), "".join(f"{key}\n" for key in keys).encode())
+        write_atomically(split_path(root, name), "".join(f"{key}\n" for key in keys).encode())

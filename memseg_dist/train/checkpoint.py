@@ -4,7 +4,7 @@
         model.safetensors                       weights and buffers
         optimizer.safetensors                   KEY/PARAMETER tensors and the update count
         memory-NAME-00000-of-00002.safetensors  what rank 0 of 2 owned of `Method.state()[NAME]`
-        run.json                                step, config, label space
+        run.json                                step, config, label space, data's fingerprints
         manifest.json                           SHA-256 and size of each file, rows of each memory
 
 Without a manifest a directory is torn: it is never chosen, named in a warning, and deleted when the
@@ -152,6 +152,12 @@ class Checkpoint:
         where = join(self.path, "run.json")
         return LabelSpace.from_json(self._run["label_space"], f"{where}: label_space")
 
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """What `TrainLoader.fingerprints` was; {} in checkpoints of earlier versions."""
+        where = join(self.path, "run.json")
+        return decode(dict[str, str], self._run.get("data", {}), f"{where}: data")
+
     def weights(self) -> dict[str, Tensor]:
         return self._tensors("model.safetensors")
 
@@ -261,13 +267,15 @@ def load(
     memories: Mapping[str, Stateful],
     config: RunConfig,
     label_space: LabelSpace,
+    data: Mapping[str, str],
 ) -> int:
     """Take over a run at any number of workers. Collective. Returns the steps done.
 
-    ValueError for a damaged file (DamagedCheckpoint), another label space or another config.
+    data: `TrainLoader.fingerprints`. ValueError for a damaged file (DamagedCheckpoint), another
+    label space, another config or other data.
     """
     checkpoint.verify_together()
-    check_same_run(checkpoint, config, label_space)
+    check_same_run(checkpoint, config, label_space, data)
     with checkpoint.naming():
         engine.load(EngineState(checkpoint.weights(), checkpoint.optimizer()))
         for name, memory in sorted(memories.items()):
@@ -275,7 +283,9 @@ def load(
     return checkpoint.step
 
 
-def check_same_run(checkpoint: Checkpoint, config: RunConfig, label_space: LabelSpace) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, config: RunConfig, label_space: LabelSpace, data: Mapping[str, str]
+) -> None:
     """ValueError if going on with `config` would not be the run that wrote the checkpoint."""
     before, now = _identity(checkpoint.config), _identity(config)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -294,6 +304,14 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig, label_space: Label
             f"{checkpoint.path} was written with another label space: {len(saved)} classes then, "
             f"{len(new)} now; only in one of them: {differing[:5]}. A vocabulary.json of a source "
             "has changed; restore it, or give the run another name"
+        )
+    others = [part for part, was in checkpoint.data.items() if data.get(part) != was]
+    if others:
+        raise ValueError(
+            f"{checkpoint.path} was written with other data of {', '.join(others)} (shards, split, "
+            "labels or masks have changed): going on would repeat some samples of the epoch and "
+            "leave out others; restore the data, or give the run another --name and begin it with "
+            "the backbone of this checkpoint (memseg_dist.tools.export, --backbone.pretrained)"
         )
 
 

@@ -8,7 +8,7 @@ data -> method.before_step -> engine(slot) for this rank's slots -> engine.step
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -76,11 +76,12 @@ def _train(
     device = context.device
     validate = Validator(config, label_space, device, draw) if config.validation else None
     loader = build_loader(config, label_space, context)
-    done, checkpoint = resume(config, engine, method, label_space)
+    data = on_rank_0(loader.fingerprints)
+    done, checkpoint = resume(config, engine, method, label_space, data)
     record = Recorder(config, context, tracker, done)
     meter, every = Meter(), config.every
     folder = join(config.directory, "checkpoints")
-    saver = Saver(folder, config, label_space, every.keep_checkpoints)
+    saver = Saver(folder, config, label_space, data, every.keep_checkpoints)
     is_stopping = False
 
     def settle(wait: bool) -> None:
@@ -185,7 +186,11 @@ def checkpoints_to_resume(config: RunConfig) -> list[str]:
 
 
 def resume(
-    config: RunConfig, engine: Engine, method: Method, label_space: LabelSpace
+    config: RunConfig,
+    engine: Engine,
+    method: Method,
+    label_space: LabelSpace,
+    data: Mapping[str, str],
 ) -> tuple[int, str | None]:
     """Go on from the newest checkpoint that is as it was written: the steps done and its path.
 
@@ -195,7 +200,7 @@ def resume(
     damaged: list[str] = []
     for path in on_rank_0(lambda: checkpoints_to_resume(config)):
         try:
-            done = load(Checkpoint(path), engine, method.state(), config, label_space)
+            done = load(Checkpoint(path), engine, method.state(), config, label_space, data)
         except DamagedCheckpoint as error:
             damaged.append(path)
             if dist.rank() == 0:

@@ -64,7 +64,7 @@ def survey(
     sources, validation = config.active_sources, config.validation
     indexes = {source.name: open_index(source, config.cache_directory) for source in sources}
     present = {
-        source.name: class_counts(source, indexes[source.name], space, config.cache_directory)
+        source.name: taught_classes(source, indexes[source.name], space, config.cache_directory)
         for source in sources
     }
     data = [_source_row(source, indexes[source.name], present[source.name], space)
@@ -88,37 +88,36 @@ def survey(
             "writes": config.directory,
         },
         (
-            *_untaught_classes(config, space, np.sum([*present.values()], axis=0)),
+            *_untaught_classes(config, space, np.any([*present.values()], axis=0)),
             *_unnamed_classes(config, space, indexes, present),
         ),
     )
 
 
-def class_counts(
+def taught_classes(
     source: Source, index: Index, space: LabelSpace, cache_dir: str
-) -> NDArray[np.int64]:
-    """int64 [C]: how many images of the source teach each class of the label space, by a label, a
-    mask or a pseudo mask.
+) -> NDArray[np.bool_]:
+    """bool [C]: which classes of the label space a label, a mask or a pseudo mask of the source
+    teaches.
     """
-    counts = np.zeros(len(space), dtype=np.int64)
+    is_taught = np.zeros(len(space), dtype=bool)
     taught = [(index, kept_ids(source, space))] if source.supervision != "none" else []
     if source.pseudo_masks is not None:
         masks = Index.open(source.pseudo_masks, cache_dir)
         taught.append((masks, ids_by_uid(masks.vocabulary, space, f"source {source.name!r}")))
     for of_images, ids in taught:
-        of_class = of_images.class_image_counts(len(ids))[: len(ids)]
-        np.add.at(counts, ids[ids != IGNORE], of_class[ids != IGNORE])
-    return counts
+        is_taught |= of_images.class_image_counts(len(space), ids) > 0
+    return is_taught
 
 
 def _source_row(
-    source: Source, index: Index, present: NDArray[np.int64], space: LabelSpace
+    source: Source, index: Index, present: NDArray[np.bool_], space: LabelSpace
 ) -> DataSet:
     kept = np.setdiff1d(kept_ids(source, space), IGNORE)
     teaches = source.supervision + (" + pseudo masks" if source.pseudo_masks else "")
     height, width = source.augment.crop_size
     return DataSet(
-        source.name, source.path, teaches, len(index), len(kept), int((present > 0).sum()),
+        source.name, source.path, teaches, len(index), len(kept), int(present.sum()),
         f"{source.slots} x {source.batch_per_slot} images", f"{height} x {width}",
         index.fingerprint(),
     )  # fmt: skip
@@ -126,11 +125,11 @@ def _source_row(
 
 def _validation_row(settings: ValidationConfig, space: LabelSpace, cache_dir: str) -> DataSet:
     index, ids = Index.open(settings.path, cache_dir), space.ids(settings.name)
-    present = np.unique(ids[: len(ids)][index.class_image_counts(len(ids))[: len(ids)] > 0])
+    num_present = int((index.class_image_counts(len(space), ids) > 0).sum())
     num_images = min(len(index), settings.max_images or len(index))
     return DataSet(
         settings.name, settings.path, "validation", num_images, len(space.classes(settings.name)),
-        len(present), "", settings.mode, index.fingerprint(),
+        num_present, "", settings.mode, index.fingerprint(),
     )  # fmt: skip
 
 
@@ -144,19 +143,19 @@ def _describe_classes(config: RunConfig, space: LabelSpace) -> str:
 
 
 def _untaught_classes(
-    config: RunConfig, space: LabelSpace, counts: NDArray[np.int64]
+    config: RunConfig, space: LabelSpace, is_taught: NDArray[np.bool_]
 ) -> Iterator[str]:
     scored = scored_classes(config, space)
     scored = np.zeros(0, np.int64) if scored is None else scored
     trained = np.concatenate([kept_ids(source, space) for source in config.active_sources])
-    untaught = scored[counts[scored] == 0]
+    untaught = scored[~is_taught[scored]]
     if len(untaught):
         yield (
             f"{len(untaught)} of the {len(scored)} scored classes have neither a label nor a mask "
             f"in any source, so nothing teaches them: {_names(untaught, space)}. Add images that "
             "are labelled with them, or take them out of the score with --validation.exclude"
         )
-    others = np.setdiff1d(trained[(trained != IGNORE) & (counts[trained] == 0)], scored)
+    others = np.setdiff1d(trained[(trained != IGNORE) & ~is_taught[trained]], scored)
     if len(others):
         yield (
             f"{len(others)} more classes of the sources' vocabularies have neither a label nor a "
@@ -168,7 +167,7 @@ def _unnamed_classes(
     config: RunConfig,
     space: LabelSpace,
     indexes: Mapping[str, Index],
-    present: Mapping[str, NDArray[np.int64]],
+    present: Mapping[str, NDArray[np.bool_]],
 ) -> Iterator[str]:
     """Large classes of the masks that no source with image labels ever names."""
     with_labels = [s.name for s in config.active_sources if s.supervision == "labels"]
@@ -181,7 +180,7 @@ def _unnamed_classes(
         of_class = indexes[source.name].class_pixel_counts(len(ids))
         np.add.at(pixels, ids[ids != IGNORE], of_class[ids != IGNORE])
     shares = pixels / max(pixels.sum(), 1)
-    is_named = sum(present[name] for name in with_labels) > 0
+    is_named = np.any([present[name] for name in with_labels], axis=0)
     unnamed = np.flatnonzero((shares > LARGE_SHARE) & ~is_named)
     unnamed = unnamed[np.argsort(-shares[unnamed], kind="stable")]
     if len(unnamed):

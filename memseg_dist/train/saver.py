@@ -59,13 +59,25 @@ class _Flight:
 
 
 class Saver:
-    """The checkpoints of one run under `directory`, of which the newest `keep` stay."""
+    """The checkpoints of one run under `directory`, of which the newest `keep` stay.
+
+    data: `TrainLoader.fingerprints`.
+    """
 
     def __init__(
-        self, directory: str, config: RunConfig, label_space: LabelSpace, keep: int
+        self,
+        directory: str,
+        config: RunConfig,
+        label_space: LabelSpace,
+        data: Mapping[str, str],
+        keep: int,
     ) -> None:
         self._directory, self._keep = directory, keep
-        self._run = {"config": encode(config), "label_space": label_space.to_json()}
+        self._run = {
+            "config": encode(config),
+            "label_space": label_space.to_json(),
+            "data": {**data},
+        }
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._flight: _Flight | None = None
 
@@ -139,13 +151,14 @@ def save(
     config: RunConfig,
     label_space: LabelSpace,
     *,
+    data: Mapping[str, str] = {},
     keep: int,
 ) -> str:
-    """Write a checkpoint and wait for it. Collective. Returns its path.
+    """Write a checkpoint and wait for it. Collective. Returns its path. data: none is checked.
 
     An error of one rank is raised on every rank, and leaves nothing that `latest` would choose.
     """
-    saver = Saver(directory, config, label_space, keep)
+    saver = Saver(directory, config, label_space, data, keep)
     saver.start(step, engine, memories)
     path = saver.settle(wait=True)
     assert path is not None

@@ -1,11 +1,20 @@
 """Files behind paths and URLs."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from memseg_dist.data.files import read_bytes, read_json, write_atomically
+from memseg_dist.data.files import (
+    filesystem_of,
+    local_path,
+    make_folder,
+    read_bytes,
+    read_json,
+    write_atomically,
+)
 from memseg_dist.data.index import Index
+from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.external import ensure_indexed
 
 
@@ -50,3 +59,22 @@ def test_half_a_character_in_json_is_refused(tmp_path):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot write to .*aaa: .*File name too long"):
         write_atomically(tmp_path / ("a" * 300), b"")
+
+
+def test_nothing_is_written_to_a_folder_named_like_a_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (Vocabulary(()).save, make_folder, lambda url: write_atomically(url, b"")):
+        for url in ("s3://bucket/a", "memory://a"):
+            with pytest.raises(ValueError, match=f"cannot write to the URL {url}"):
+                write(url)
+            with pytest.raises(ValueError, match="is a URL that has lost a slash, as in a Path"):
+                write(Path(url))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b"])
+def test_any_letter_in_a_file_url(tmp_path, name):
+    url = f"file://{tmp_path}/{name}"
+    assert str(local_path(url)) == filesystem_of(url)[1] == str(tmp_path / name)
+    write_atomically(url, b"1")
+    assert read_bytes(url) == (tmp_path / name).read_bytes() == b"1"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from data.made import NUM_CLASSES, REPOSITORY, sample, write
 
+from memseg_dist.batch import IGNORE
 from memseg_dist.data.index import Index
 from memseg_dist.data.order import repeat_factors
 
@@ -113,15 +114,23 @@ def test_missing_and_truncated_shards(tmp_path):
 
 
 def test_repeat_factors_follow_the_rarest_class(tmp_path):
+    labels = np.arange(NUM_CLASSES)
     index = write(tmp_path, (13,), with_masks=False)  # class 0 in 3 of 13 images, others in 2
     share = np.array([3, 2, 2, 2, 2, 2]) / 13
     wanted = np.sqrt(0.9 / share)[np.arange(13) % NUM_CLASSES]
-    repeats = repeat_factors(index, 0.9)
+    repeats = repeat_factors(index, labels, 0.9)
     assert ((repeats == np.floor(wanted)) | (repeats == np.ceil(wanted))).all()
     assert len(np.unique(repeats)) > 1
-    assert repeat_factors(index, 0.1).tolist() == [1] * 13
+    assert repeat_factors(index, labels, 0.1).tolist() == [1] * 13
     with pytest.raises(ValueError, match="repeat_threshold is 2"):
-        repeat_factors(index, 2)
+        repeat_factors(index, labels, 2)
+
+
+def test_repeat_factors_follow_the_classes_of_the_run(tmp_path):
+    index = write(tmp_path, (13,), with_masks=False)
+    ids = np.array([0, 0, 0, 0, 0, IGNORE])  # one class in 11 of 13 images, nothing of the last
+    assert repeat_factors(index, ids, 0.8).tolist() == [1] * 13
+    assert repeat_factors(index, np.full(NUM_CLASSES, IGNORE), 1).tolist() == [1] * 13
 
 
 def test_many_rows_cost_bounded_memory(tmp_path):

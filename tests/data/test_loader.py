@@ -292,6 +292,24 @@ def test_repeats_in_an_epoch_are_augmented_each_in_its_own_way(tmp_path):
     assert steps_per_epoch([replace(source, batch_per_slot=2, repeat_threshold=None)], cache) == 5
 
 
+def test_what_is_excluded_is_not_drawn_more_often(tmp_path):
+    write(tmp_path / "data", (14,), with_masks=False)
+    source = Source("labels", str(tmp_path / "data"), "labels", repeat_threshold=1.0)
+    everything = replace(source, exclude=VOCABULARY.uids)
+    orders = [TrainLoader([each], SPACE, seed=0)._requests._orders for each in (source, everything)]
+    assert [len(order) > 14 for (order,) in orders] == [True, False]
+
+
+def test_the_group_of_each_own_slot_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("memseg_dist.data.order._CACHED_ROWS", 0)
+    write(tmp_path / "data", (4, 4, 4, 4), with_masks=False)
+    source = Source("labels", str(tmp_path / "data"), "labels", 4, 1, group=1)
+    requests = TrainLoader([source], SPACE, seed=0, world_size=2)._requests
+    requests.span = range(4)  # an epoch: two of four slots, each with a shard of its own
+    assert len([*requests]) == 8
+    assert requests._orders[0]._group.cache_info().misses == 2
+
+
 def overwrite(path, offset, content):
     with open(path, "r+b") as stream:
         stream.seek(offset)

@@ -56,6 +56,24 @@ def without_class_4(masks):
     return torch.where(masks == 4, IGNORE, masks)
 
 
+def test_fingerprints_tell_what_has_changed(masks_root, pseudo, tmp_path):
+    def fingerprints(keys, pseudo_masks):
+        (tmp_path / "list.txt").write_text("\n".join(keys))
+        source = Source("masks", str(masks_root), "masks", split=str(tmp_path / "list.txt"))
+        return TrainLoader(
+            [replace(source, pseudo_masks=pseudo_masks)], SPACE, seed=1
+        ).fingerprints()
+
+    keys = [sample(number).key for number in range(4)]
+    first = fingerprints(keys, pseudo)
+    assert [*first] == ["masks", "masks.pseudo_masks"] and fingerprints(keys, pseudo) == first
+    assert fingerprints(keys, None) == {"masks": first["masks"]}
+    assert fingerprints(keys[:3], pseudo)["masks"] != first["masks"]
+    other = write_pseudo(tmp_path / "other", range(19), lambda number: pseudo_mask(number + 1))
+    changed = fingerprints(keys, other)
+    assert changed["masks"] == first["masks"] and changed != first
+
+
 @pytest.mark.parametrize("num_processes", [0, 1])
 @pytest.mark.parametrize("augment", [TURNING, replace(TURNING, rotate=0.0)])
 def test_they_are_cut_as_the_masks_are(masks_root, pseudo, augment, num_processes):

@@ -112,6 +112,24 @@ def test_classes_are_those_of_the_evaluated_set(label_space):
     assert [item.group for item in evaluated_classes(label_space, "animals")] == [None] * 3
 
 
+class CountingUid(str):
+    num_compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        CountingUid.num_compared += 1
+        return str.__eq__(self, other)
+
+
+def test_many_classes_cost_their_number():
+    uids = [CountingUid(f"n{number}") for number in range(1000)]
+    vocabulary = Vocabulary(tuple(Category(str(uid), str(uid)) for uid in uids))
+    space = LabelSpace.union({"all": vocabulary})
+    CountingUid.num_compared = 0
+    evaluated_classes(space, "all", base=uids[:500], novel=uids[500:900], exclude=uids[900:])
+    assert CountingUid.num_compared < 10 * len(uids)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

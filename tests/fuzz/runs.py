@@ -90,6 +90,10 @@ class Config(Text):
         return RIGHT
 
 
+DATA = {"source0": "0123456789abcdef"}
+"""The fingerprints that a checkpoint keeps."""
+
+
 class CheckpointFiles(Kind):
     """A file of a checkpoint, with or without a manifest that fits the damage."""
 
@@ -100,7 +104,7 @@ class CheckpointFiles(Kind):
         engine = TorchEngine(Tiny(), CONFIG, torch.device("cpu"))
         bank = filled_bank()
         directory = str(folder / "run")
-        save(directory, 7, engine, {"bank": bank}, CONFIG, self.LABELS, keep=1)
+        save(directory, 7, engine, {"bank": bank}, CONFIG, self.LABELS, data=DATA, keep=1)
         self.step = folder / "run" / "step-00000007"
         self.files = {file.name: file.read_bytes() for file in self.step.iterdir()}
         self.expected = (engine.state().weights, bank.digest(values=True))
@@ -140,7 +144,7 @@ class CheckpointFiles(Kind):
         engine = TorchEngine(Tiny(), CONFIG, torch.device("cpu"))
         bank = ShardedRows(Rings(4, 2), Overwrite(), 3)
         checkpoint = Checkpoint(str(self.step))
-        step = load_checkpoint(checkpoint, engine, {"bank": bank}, CONFIG, self.LABELS)
+        step = load_checkpoint(checkpoint, engine, {"bank": bank}, CONFIG, self.LABELS, DATA)
         if not self.is_sealed:
             weights, digest = self.expected
             assert step == json.loads((self.step / "manifest.json").read_bytes())["step"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 
@@ -133,6 +134,13 @@ def test_unwritable_output(pictures, options, tmp_path):
     choice = options(out=tmp_path / "file" / "out")
     with pytest.raises(ValueError, match=r"cannot write to .*file.*give a folder"):
         build_pictures(choice.out, VOCABULARY, pictures, choice)
+
+
+def test_a_url_is_no_output(pictures, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'s3:/bucket/train' is a URL that has lost a slash"):
+        build_pictures(Path("s3://bucket/train"), VOCABULARY, pictures, options())
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_no_input(options):

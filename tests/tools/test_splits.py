@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from data.made import NUM_CLASSES, VOCABULARY, encoded
@@ -243,6 +244,15 @@ def test_protocols(root, monkeypatch):
         assert len(keys_of(root, f"1_2-seed{seed}")) == 31
         expected = draw(open_pool(Index.open(root)), 17, "every-class", seed)
         assert keys_of(root, f"1_4-seed{seed}") == expected
+
+
+def test_no_split_is_written_to_a_url(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {*tmp_path.iterdir()}
+    fsspec.filesystem("memory").put(f"{root}/", "/to_split/", recursive=True)
+    message = fails("memory://to_split", "4")
+    assert "cannot write to the URL memory://to_split/splits/4-seed0.txt" in message
+    assert {*tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

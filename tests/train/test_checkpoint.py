@@ -66,7 +66,7 @@ def write(directory, step=1, keep=3, table="sharded", dtype=torch.float32):
 def read(path, table="sharded", dtype=torch.float32):
     engine, bank = make_engine(), make_bank(table, dtype)
     means = ClassMeans(bank)
-    step = load(Checkpoint(path), engine, {"memory": bank}, tiny_config(), LABELS)
+    step = load(Checkpoint(path), engine, {"memory": bank}, tiny_config(), LABELS, {})
     return step, bank.digest(values=True), dict(engine.state().weights), means.means
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
     path, _ = write(str(tmp_path))
     engine = TorchEngine(Tiny(num_sources=3), tiny_config(), torch.device("cpu"))
     with pytest.raises(ValueError, match=rf"{path}: the saved weights do not fit this run's Tiny"):
-        load(Checkpoint(path), engine, {}, tiny_config(), LABELS)
+        load(Checkpoint(path), engine, {}, tiny_config(), LABELS, {})
 
 
 def test_torn_checkpoints_are_passed_over_and_named(tmp_path, caplog):
@@ -246,9 +246,9 @@ def test_maps_may_move_but_not_come_or_go(tmp_path):
         return replace(made, sources=sources)
 
     path = save(str(tmp_path), 1, make_engine(), {}, config("/old/maps"), LABELS, keep=1)
-    check_same_run(Checkpoint(path), config("s3://bucket/maps"), LABELS)
+    check_same_run(Checkpoint(path), config("s3://bucket/maps"), LABELS, {})
     with pytest.raises(ValueError, match=r"saliency: True -> False"):
-        check_same_run(Checkpoint(path), config(None), LABELS)
+        check_same_run(Checkpoint(path), config(None), LABELS, {})
 
 
 def test_lists_may_move_but_a_split_keeps_its_name(tmp_path):
@@ -260,14 +260,26 @@ def test_lists_may_move_but_a_split_keeps_its_name(tmp_path):
     before = config("/old/lists/1_16.txt", "/old/labels")
     path = save(str(tmp_path), 1, make_engine(), {}, before, LABELS, keep=1)
     for split in ("/new/1_16.txt", "s3://bucket/1_16.txt", "1_16"):
-        check_same_run(Checkpoint(path), config(split, "/new/labels"), LABELS)
+        check_same_run(Checkpoint(path), config(split, "/new/labels"), LABELS, {})
     for split, pseudo_masks, message in (
         ("/old/lists/1_8.txt", "/old/labels", r"split: 1_16 -> 1_8"),
         (None, "/old/labels", r"split: 1_16 -> None"),
         ("1_16", None, r"pseudo_masks: True -> False"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_same_run(Checkpoint(path), config(split, pseudo_masks), LABELS)
+            check_same_run(Checkpoint(path), config(split, pseudo_masks), LABELS, {})
+
+
+def test_data_are_compared_where_both_are_known(tmp_path):
+    data = {"weak": "1", "weak.pseudo_masks": "2"}
+    path = save(str(tmp_path), 1, make_engine(), {}, tiny_config(), LABELS, data=data, keep=1)
+    check_same_run(Checkpoint(path), tiny_config(), LABELS, data)
+    with pytest.raises(ValueError, match=r"written with other data of weak\.pseudo_masks \("):
+        check_same_run(Checkpoint(path), tiny_config(), LABELS, data | {"weak.pseudo_masks": "3"})
+    run = json.loads(Path(path, "run.json").read_text())
+    del run["data"]  # as earlier versions wrote it
+    Path(path, "run.json").write_text(json.dumps(run))
+    check_same_run(Checkpoint(path), tiny_config(), LABELS, data)
 
 
 def test_trying_a_directory_leaves_nothing_there(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,6 +354,20 @@ def test_a_changed_vocabulary_is_refused(data, tmp_path):
     path.write_text(path.read_text().replace('"n3"', '"n9"'))
     with pytest.raises(ValueError, match=r"another label space.*\['n3', 'n9'\]"):
         torch_run(tmp_path, tmp_path / "out", steps=1)
+
+
+def test_changed_data_is_refused(data, tmp_path, monkeypatch):
+    write_squares(tmp_path / "weak", 16, 4, with_masks=False)
+    (tmp_path / "masks").symlink_to(data / "masks")
+    torch_run(tmp_path, tmp_path / "out", steps=1)
+    shutil.copytree(tmp_path / "weak", tmp_path / "moved" / "weak")
+    (tmp_path / "moved" / "masks").symlink_to(data / "masks")
+    torch_run(tmp_path / "moved", tmp_path / "out", steps=1)  # another place is no other data
+    write_squares(tmp_path / "weak", 20, 4, with_masks=False)
+    with pytest.raises(ValueError, match=r"written with other data of weak \(.* another --name"):
+        torch_run(tmp_path, tmp_path / "out", steps=1)
+    monkeypatch.setattr(Checkpoint, "data", {})  # one of an earlier version
+    torch_run(tmp_path, tmp_path / "out", steps=1)
 
 
 def test_output_that_cannot_be_written_is_told_before_training(data, tmp_path):

@@ -38,7 +38,7 @@ def test_training_goes_on_while_the_files_are_written(tmp_path, monkeypatch):
 
         monkeypatch.setattr(saver_module, name, gated)
 
-    saver = Saver(str(tmp_path), tiny_config(), LABELS, keep=3)
+    saver = Saver(str(tmp_path), tiny_config(), LABELS, {}, keep=3)
     saver.start(2, engine, {"memory": bank})
     step_on(engine, bank)
     assert saver.settle() is None
@@ -61,7 +61,7 @@ def test_training_goes_on_while_the_files_are_written(tmp_path, monkeypatch):
 def fail_to_write(directory):
     """The error of `settle` on each rank, when rank 1's disk is full at the second checkpoint."""
     engine, bank = make_engine(), filled_bank()
-    saver = Saver(directory, tiny_config(), LABELS, keep=3)
+    saver = Saver(directory, tiny_config(), LABELS, {}, keep=3)
     saver.start(1, engine, {"memory": bank})
     saver.settle(wait=True)
     original = saver_module.write_tensors

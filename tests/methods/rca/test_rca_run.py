@@ -144,7 +144,7 @@ def test_a_checkpoint_is_used_without_its_memories(whole, tmp_path):
         torch.testing.assert_close(alone.predict(images, classes).dense(), expected)
 
 
-def test_images_that_changed_are_refused_on_resume(data, whole, tmp_path):
+def test_images_that_changed_are_refused_on_resume(data, whole, tmp_path, monkeypatch):
     config, _ = whole
     storage = tmp_path / "runs"
     shutil.copytree(config.storage, storage, ignore=shutil.ignore_patterns("cache"))
@@ -153,6 +153,9 @@ def test_images_that_changed_are_refused_on_resume(data, whole, tmp_path):
     changed = dataclasses.replace(
         config, storage=str(storage), sources=(source,), steps=config.steps
     )
+    with pytest.raises(ValueError, match="was written with other data of weak"):
+        run(to_json(changed))
+    monkeypatch.setattr(Checkpoint, "data", {})  # an earlier version's
     with pytest.raises(ValueError, match="labels of a source, or the capacity have changed"):
         run(to_json(changed))
 
