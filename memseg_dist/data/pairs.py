@@ -62,19 +62,24 @@ def _check_unique(
     )
 
 
-def steps_per_epoch(sources: Sequence[Source], cache_dir: str | Path) -> int:
+def steps_per_epoch(
+    sources: Sequence[Source], label_space: LabelSpace, cache_dir: str | Path
+) -> int:
     """Steps of about an epoch of the longest source: its samples, those that `repeat_threshold`
     repeats as often as they come, over the samples of a step.
     """
     return max(
-        -(-_epoch_length(source, cache_dir) // (source.slots * source.batch_per_slot))
+        -(-_epoch_length(source, label_space, cache_dir) // (source.slots * source.batch_per_slot))
         for source in sources
     )
 
 
-def _epoch_length(source: Source, cache_dir: str | Path) -> int:
+def _epoch_length(source: Source, label_space: LabelSpace, cache_dir: str | Path) -> int:
     index, share = open_index(source, cache_dir), source.repeat_threshold
-    return len(index) if share is None else int(repeat_factors(index, share).sum(dtype=np.int64))
+    if share is None:
+        return len(index)
+    repeats = repeat_factors(index, kept_ids(source, label_space), share)
+    return int(repeats.sum(dtype=np.int64))
 
 
 def image_counts(

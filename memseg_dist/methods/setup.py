@@ -113,7 +113,7 @@ class Setup:
         """Steps in which the longest source's epoch is over: each of its images seen, once but for
         repeats.
         """
-        return steps_per_epoch(self.sources, self.cache_dir)
+        return steps_per_epoch(self.sources, self.label_space, self.cache_dir)
 
     def _is_kept(self, source: Source) -> np.ndarray:
         """Which of the source's classes take part: an excluded one must not even be a negative."""

@@ -288,8 +288,9 @@ def test_repeats_in_an_epoch_are_augmented_each_in_its_own_way(tmp_path):
     assert len(places) == 3  # class 0 is in 1 of 9 images: sqrt(1 / (1/9)) = 3
     assert len({batch.images[place].numpy().tobytes() for place in places}) == 3
     cache = default_cache()
-    assert steps_per_epoch([replace(source, batch_per_slot=2)], cache) == 6  # of 11 samples
-    assert steps_per_epoch([replace(source, batch_per_slot=2, repeat_threshold=None)], cache) == 5
+    two = replace(source, batch_per_slot=2)
+    assert steps_per_epoch([two], SPACE, cache) == 6  # of 11 samples
+    assert steps_per_epoch([replace(two, repeat_threshold=None)], SPACE, cache) == 5
 
 
 def test_what_is_excluded_is_not_drawn_more_often(tmp_path):

@@ -173,7 +173,10 @@ def test_counts_regions_and_epochs_are_the_splits(root, alone, cache):
     part = Source("masks", str(root), "labels", 1, 2, split="few")
     other = replace(part, path=str(alone), split=None)
     nothing = Source("labels", str(root), "none", 1, 2)
-    assert steps_per_epoch([part], cache) == 4 and steps_per_epoch([part, nothing], cache) == 9
+    assert (
+        steps_per_epoch([part], SPACE, cache) == 4
+        and steps_per_epoch([part, nothing], SPACE, cache) == 9
+    )
     counts = image_counts([other], SPACE, cache)
     assert image_counts([part], SPACE, cache).tolist() == counts.tolist()
     assert counts.sum() < image_counts([replace(part, split=None)], SPACE, cache).sum()
