@@ -45,6 +45,7 @@ from memseg_dist.tools.recipe import (
     Picture,
     Skipped,
     cut_into_shards,
+    files_stamp,
     image_sample,
     map_values,
     read_file,
@@ -113,7 +114,8 @@ def build_official(recipe: Coco2014, name: Split, vocabulary: Vocabulary) -> Bui
         limit=options.limit,
     )
     tasks = [ShardTask(samples, chunk) for chunk in chunks]
-    return build_dataset(options.out / name, vocabulary, tasks, options)
+    stamp = files_stamp(image.image for chunk in chunks for image in chunk)
+    return build_dataset(options.out / name, vocabulary, tasks, options, stamp=stamp)
 
 
 def list_split(

@@ -40,10 +40,11 @@ from memseg_dist.tools.external import index_external
 from memseg_dist.tools.recipe import (
     IMAGE_SUFFIXES,
     Skipped,
+    cut_into_shards,
+    files_stamp,
     image_sample,
     no_image,
     read_file,
-    shuffled,
 )
 from memseg_dist.tools.shards import Sample, escape_key
 from memseg_dist.tools.tar import tar_files
@@ -90,8 +91,8 @@ Recipe = (
 
 @dataclass(frozen=True)
 class Listing:
-    """Where each image lies. container: row of `paths` (a synset's tar or folder). In a tar,
-    offset and size of the content; in a folder, offset -1 and the file's name."""
+    """Where each image lies. container: row of `paths` (a synset's tar or folder). offset: of its
+    content in a tar, -1 in a folder. size: of its content. name: of its file."""
 
     paths: tuple[str, ...]
     container: NDArray[np.int32]
@@ -129,7 +130,9 @@ def build_raw(recipe: Raw) -> BuildReport:
         + (f" ({', '.join(outside[:3])} ...)" if outside else "")
     )
     options = recipe.options
-    return build_dataset(options.out, vocabulary, _tasks(listing, options), options, left_out)
+    stamp = files_stamp(listing.paths)  # a folder's tells of new files, not of changed ones
+    tasks = _tasks(listing, options)
+    return build_dataset(options.out, vocabulary, tasks, options, left_out, stamp)
 
 
 def index_ready(recipe: Ready) -> Path:
@@ -216,8 +219,8 @@ def list_images(found: dict[str, Path], vocabulary: Vocabulary) -> tuple[Listing
 
 def _list_one(path: Path) -> tuple[list[tuple[int, int, bytes]], list[Skipped]]:
     if path.is_dir():
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
-        files = [(-1, 0, name) for name in names]
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        files = [(-1, file.stat().st_size, file.name) for file in entries if file.is_file()]
     else:
         with open(path, "rb") as stream:
             files = [(file.offset_data, file.size, file.name) for file in tar_files(stream, path)]
@@ -246,14 +249,15 @@ def _frequent(
 
 
 def _tasks(listing: Listing, options: Options) -> list[ShardTask]:
-    order = shuffled(len(listing), options.shuffle_seed)[: options.limit]
-    mean_size = max(1, int(listing.size.mean()))
-    per_shard = min(options.samples_per_shard, options.megabytes_per_shard * 2**20 // mean_size)
-    starts = range(0, len(order), max(1, per_shard))
-    return [
-        ShardTask(samples, listing.take(order[start : start + max(1, per_shard)]))
-        for start in starts
-    ]
+    chunks = cut_into_shards(
+        range(len(listing)),
+        samples_per_shard=options.samples_per_shard,
+        bytes_per_shard=options.megabytes_per_shard * 2**20,
+        num_bytes=listing.size.tolist().__getitem__,
+        shuffle_seed=options.shuffle_seed,
+        limit=options.limit,
+    )
+    return [ShardTask(samples, listing.take(np.array(chunk))) for chunk in chunks]
 
 
 def samples(listing: Listing) -> Iterator[Sample | Skipped]:

@@ -54,9 +54,10 @@ def check_without_secret(url: str, key: str) -> None:
     if has_user or parts.password or parts.query:
         raise ValueError(
             f"{key} {parts.scheme}://{address}{parts.path} comes with a user, a password or a "
-            "query ('?...'), which every checkpoint and the tracking server would keep; leave them "
-            "out and give secrets in the environment: MLFLOW_TRACKING_USERNAME and _PASSWORD or "
-            "MLFLOW_TRACKING_TOKEN, PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ..."
+            "query ('?...'), which the cache, checkpoints and the tracking server would keep; "
+            "leave them out and give secrets in the environment: MLFLOW_TRACKING_USERNAME and "
+            "_PASSWORD or MLFLOW_TRACKING_TOKEN, PGPASSWORD, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, ..."
         )
 
 

@@ -304,6 +304,7 @@ def test_help_names_every_command(capsys):
 
 
 def test_data_index_makes_shards_of_others_a_data_set(tmp_path, capsys):
+    Vocabulary(CATEGORIES[:2]).save(tmp_path / "vocabulary.json")
     with TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
         for number in range(2):
             buffer = io.BytesIO()

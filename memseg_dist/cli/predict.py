@@ -69,7 +69,7 @@ def predict(
         for name, image, label_map in zip(names, pixels, found, strict=True):
             report = write_prediction(out, name, paths[name], image, label_map, vocabulary)
             shown = ", ".join(f"{row['name']} {row['share']:.1%}" for row in report["classes"][:5])
-            text = f"{paths[name]}: {shown}"
+            text = f"{report['image']}: {shown}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     if other:
         kinds = ", ".join(sorted({item.reason for item in other}))

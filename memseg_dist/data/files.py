@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from fsspec import AbstractFileSystem
 
-from memseg_dist.checks import require
+from memseg_dist.checks import check_without_secret, require
 from memseg_dist.jsonable import parse
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -76,6 +77,22 @@ def absolute(path: str | Path) -> str:
     """A local path as it is called from any working directory; a URL as it is."""
     local = local_path(path)
     return str(path) if local is None else str(local.expanduser().resolve())
+
+
+def data_root(path: str | Path) -> str:
+    """Folder or URL of a data set, as `absolute`; ValueError for a URL with a secret."""
+    root = absolute(path)
+    if is_url(root):
+        check_without_secret(root, "the data set")
+    return root
+
+
+def public(path: str | Path) -> str:
+    """A URL without user, password and query, to be kept; a local path as it is."""
+    if not is_url(path):
+        return str(path)
+    parts = urlsplit(str(path))
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def filesystem_of(path: str | Path) -> tuple[AbstractFileSystem, str]:

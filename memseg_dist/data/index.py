@@ -69,9 +69,9 @@ class Index:
         """The index of `root`, a local folder or an fsspec URL: its index.parquet, or for a root
         that cannot be written to the one that `tools.external` made in the cache.
 
-        ValueError if there is neither.
+        ValueError if there is neither, or for a URL with a secret.
         """
-        root_text = files.absolute(root)
+        root_text = files.data_root(root)
         local = files.local_path(root_text)
         cache = files.make_folder(Path(cache_dir or files.default_cache()) / "index")
         index_path = files.join(root_text, INDEX_NAME)

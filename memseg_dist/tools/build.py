@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 from memseg_dist.data.files import make_folder, write_atomically
-from memseg_dist.data.schema import shard_name
+from memseg_dist.data.schema import part_name, shard_name
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.recipe import (
     Picture,
@@ -36,7 +36,9 @@ from memseg_dist.tools.recipe import (
     ReadMask,
     Skipped,
     cut_into_shards,
+    files_stamp,
     picture_bytes,
+    picture_files,
     picture_samples,
 )
 from memseg_dist.tools.shards import Sample, finish, write_shard
@@ -62,7 +64,7 @@ class BuildOptions:
     samples_per_shard: int = 1000
     """Images in a shard, at most."""
     megabytes_per_shard: int = 256
-    """Size of a shard, at most."""
+    """Size of the files that a shard is made of, at most."""
     shuffle_seed: int | None = 0
     """Images are dealt out to shards in this random order; None keeps the order of the listing."""
     verify: bool = False
@@ -166,7 +168,8 @@ def build_pictures(
     if read_image is not None:
         make = functools.partial(make, read_image=read_image)
     tasks = [ShardTask(make, chunk) for chunk in chunks]
-    return build_dataset(root, vocabulary, tasks, options, left_out)
+    stamp = files_stamp(file for chunk in chunks for item in chunk for file in picture_files(item))
+    return build_dataset(root, vocabulary, tasks, options, left_out, stamp)
 
 
 def build_dataset(
@@ -175,10 +178,12 @@ def build_dataset(
     tasks: Sequence[ShardTask],
     options: BuildOptions,
     left_out: Sequence[Skipped] = (),
+    stamp: str = "",
 ) -> BuildReport:
     """Write one shard per task below `root`, then the index; print a report.
 
-    left_out: what no task was made of, for the report.
+    left_out: what no task was made of, for the report. stamp: of the files that the tasks read
+    (`files_stamp`); another one is other input.
 
     A shard that is whole is not built again, so a killed run is repeated by the same command.
     ValueError for an output folder that cannot be written to, that was built from something else
@@ -187,7 +192,7 @@ def build_dataset(
     if not tasks:
         raise ValueError(f"nothing to write to {root}: no images were listed; check the input")
     console = Console(stderr=True)
-    _check_plan(root, vocabulary, tasks, options.overwrite)
+    _check_plan(root, [vocabulary.to_json(), tasks, stamp], len(tasks), options.overwrite)
     pending = [number for number in range(len(tasks)) if _read_note(root, number) is None]
     jobs = [(root, number, tasks[number], len(vocabulary)) for number in pending]
     done = len(tasks) - len(jobs)
@@ -222,7 +227,11 @@ def build_dataset(
 
 
 def _build_shard(root: Path, number: int, task: ShardTask, num_classes: int) -> None:
-    """Write the shard, then its note: the note's presence means that the shard is whole."""
+    """Write the shard, then its note: the note's presence means that the shard is whole.
+
+    One without a note is written again, since only its note tells what was skipped.
+    """
+    (root / part_name(number)).unlink(missing_ok=True)
     skipped: list[tuple[str, str]] = []
 
     def kept() -> Iterator[Sample]:
@@ -305,14 +314,12 @@ def _on_ray(
             ray.shutdown()
 
 
-def _check_plan(
-    root: Path, vocabulary: Vocabulary, tasks: Sequence[ShardTask], overwrite: bool
-) -> None:
+def _check_plan(root: Path, made_of: Any, num_shards: int, overwrite: bool) -> None:
     """Refuse to mix two builds in one folder; start afresh where that was asked for."""
     make_folder(root)
-    content = json.dumps([vocabulary.to_json(), tasks], default=_plain).encode()
+    content = json.dumps(made_of, default=_plain).encode()
     fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
-    plan = {"format": 1, "fingerprint": fingerprint, "num_shards": len(tasks)}
+    plan = {"format": 1, "fingerprint": fingerprint, "num_shards": num_shards}
     path = root / NOTES / PLAN
     if path.exists() and json.loads(path.read_text()) == plan:
         return
@@ -327,9 +334,11 @@ def _check_plan(
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, by content: the same in every process and on every machine."""
+    """What JSON does not know, by content: the same in every process and on every machine. Fields
+    that do not count when two are compared do not count here.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: getattr(value, item.name) for item in fields(value)}
+        return {item.name: getattr(value, item.name) for item in fields(value) if item.compare}
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, np.ndarray):

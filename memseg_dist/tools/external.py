@@ -1,9 +1,10 @@
 """Indexing WebDataset shards that others made: KEY.jpg|png|webp with KEY.cls or KEY.json.
 
 Labels come from `.cls` (an integer) or from `.json`: {"labels": [...]}, {"label": ...},
-{"cls": ...}, a list or a single value; each is a local id or a uid of the vocabulary. A
-`.mask.png` in our form is used; pickle members are refused; members of other kinds are left alone.
-A sample whose image or mask cannot be read is indexed as one of 0 x 0 pixels.
+{"cls": ...}, a list or a single value; each is a local id or a uid of the `vocabulary.json` that
+must lie beside the tars. A `.mask.png` in our form is used; pickle members are refused; members of
+other kinds are left alone. A sample whose image or mask cannot be read is indexed as one of 0 x 0
+pixels. A key with white space, '.' or '\\' is escaped.
 """
 
 from __future__ import annotations
@@ -16,23 +17,21 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from memseg_dist.data import files
 from memseg_dist.data.decode import (
     IMAGE_FORMATS,
     MASK_EXTENSION,
-    MASK_IGNORE,
     PICKLE_EXTENSIONS,
     CorruptSample,
     decode_mask,
     open_image,
 )
-from memseg_dist.data.index import external_index_folder
+from memseg_dist.data.index import Index, external_index_folder
 from memseg_dist.data.schema import INDEX_NAME, MAX_MEMBER_BYTES, VOCABULARY_NAME, arrow_schema
-from memseg_dist.data.vocabulary import Category, Vocabulary
+from memseg_dist.data.vocabulary import VOCABULARY_FORMAT, Vocabulary
 from memseg_dist.jsonable import parse, shown
-from memseg_dist.tools.shards import check_keys, sample_row, write_parquet
+from memseg_dist.tools.shards import as_key, check_keys, sample_row, write_parquet
 from memseg_dist.tools.tar import tar_files
 
 log = logging.getLogger(__name__)
@@ -41,6 +40,9 @@ _MAX_BYTES = {
     **dict.fromkeys(("cls", "json"), 16 << 20),
 }
 """Kinds of members that are read, and how large they may be."""
+_EXAMPLE = (
+    f'{{"format": {VOCABULARY_FORMAT}, "categories": [{{"uid": "name:cat", "name": "cat"}}, ...]}}'
+)
 
 
 def index_external(
@@ -52,35 +54,31 @@ def index_external(
 
     shards: a folder or URL that holds `*.tar`. into: where to write, the shards' own folder by
     default; an index elsewhere names them by their whole paths.
-    Without a vocabulary (nor a `vocabulary.json` there) classes get uids of the folder's name and
-    their number.
+    ValueError for labels or masks without a vocabulary (nor a `vocabulary.json` there).
     """
-    root = files.check_path(shards)
+    root = files.data_root(shards)
     names = _shard_names(root)
     if not names:
         raise ValueError(f"{root}: no {INDEX_NAME} and no *.tar in it; check the path")
-    if vocabulary is None and files.exists(files.join(root, VOCABULARY_NAME)):
-        vocabulary = Vocabulary.load(files.join(root, VOCABULARY_NAME))
+    path = files.join(root, VOCABULARY_NAME)
+    if vocabulary is None:
+        vocabulary = Vocabulary.load(path) if files.exists(path) else Vocabulary(())
     folder = files.make_folder(root if into is None else into)
     local = files.local_path(root)
     if local is None or folder.resolve() != local.resolve():
         whole = root if local is None else str(local.resolve())
         names = [files.join(whole, name) for name in names]
-    highest, keys = -1, list[pa.Array]()
-    unreadable, without_image = list[str](), list[str]()
+    keys, unreadable, without_image = list[pa.Array](), list[str](), list[str]()
 
     def tables() -> Iterator[pa.Table]:
-        nonlocal highest
         for name in names:
             table, problems, imageless = _scan(files.join(root, name), name, vocabulary)
-            highest = max([highest, *pc.list_flatten(table["labels"]).to_pylist()])
             keys.extend(table["key"].chunks)
             unreadable.extend(problems)
             without_image.extend(imageless)
             yield table
         check_keys(keys, root)
-        named = vocabulary or _numbered(Path(root).name, highest + 1)
-        named.save(folder / VOCABULARY_NAME)  # before the index, whose presence says: all is there
+        vocabulary.save(folder / VOCABULARY_NAME)  # before the index, which says that all is there
 
     write_parquet(folder / INDEX_NAME, tables())
     if unreadable:
@@ -105,7 +103,7 @@ def ensure_indexed(paths: Iterable[str | Path], cache_dir: str | Path | None = N
     """
     cache = files.make_folder(Path(cache_dir or files.default_cache()) / "index")
     for path in paths:
-        root = files.absolute(path)
+        root = files.data_root(path)
         if files.exists(files.join(root, INDEX_NAME)):
             continue
         local = files.local_path(root)
@@ -119,6 +117,24 @@ def ensure_indexed(paths: Iterable[str | Path], cache_dir: str | Path | None = N
                 index_external(root, into=folder)
 
 
+def unindexed(index: Index) -> list[str]:
+    """The tars at the index's root that it does not list, as in folders below without an index of
+    their own; [] where folders cannot be listed, as over https.
+    """
+    try:
+        paths = [files.join(index.root, name) for name in _shard_names(index.root)]
+    except ValueError:
+        return []
+    listed = {files.join(index.root, name) for name in index.shard_names}
+    missing = [path for path in paths if path not in listed]
+    return [path for path in missing if not _has_own_index(path, index.root)]
+
+
+def _has_own_index(path: str, root: str) -> bool:
+    folder = path.rpartition("/")[0]
+    return folder != root.rstrip("/") and files.exists(files.join(folder, INDEX_NAME))
+
+
 def _shard_names(root: str) -> list[str]:
     """Of all tars below a local folder, or directly in a remote one."""
     local = files.local_path(root)
@@ -127,15 +143,7 @@ def _shard_names(root: str) -> list[str]:
     return files.glob(root, "*.tar")
 
 
-def _numbered(name: str, num_classes: int) -> Vocabulary:
-    return Vocabulary(
-        tuple(Category(f"{name}/{number}", f"{name} {number}") for number in range(num_classes))
-    )
-
-
-def _scan(
-    path: str, name: str, vocabulary: Vocabulary | None
-) -> tuple[pa.Table, list[str], list[str]]:
+def _scan(path: str, name: str, vocabulary: Vocabulary) -> tuple[pa.Table, list[str], list[str]]:
     """The rows of a shard, what is wrong with those samples that cannot be read, and where keys
     are without an image.
     """
@@ -164,13 +172,14 @@ Members = dict[str, tuple[int, bytes]]
 
 
 def read_members(stream: IO[bytes], path: str) -> Iterator[tuple[str, Members]]:
-    """(key, extension -> (offset, content)) for each run of members that share a key.
+    """(key, extension -> (offset, content)) for each run of members that share a key, which is
+    their name without a first "./", escaped if need be.
 
     ValueError, naming the shard, if it is damaged or cut short or holds a pickle.
     """
     key, members = "", Members()
     for file in tar_files(stream, f"shard {path}"):
-        folder, _, base = file.name.rpartition("/")
+        folder, _, base = file.name.removeprefix("./").rpartition("/")
         stem, _, extension = base.partition(".")
         extension = extension.lower()
         if extension.rpartition(".")[2] in PICKLE_EXTENSIONS:
@@ -178,14 +187,14 @@ def read_members(stream: IO[bytes], path: str) -> Iterator[tuple[str, Members]]:
                 f"shard {path}: member {file.name} is a pickle, which can run code when read; "
                 "refused. Write the shards without it (images, masks as PNG, labels as JSON)"
             )
-        if extension not in _MAX_BYTES:
+        if not stem or extension not in _MAX_BYTES:
             continue
         if file.size > _MAX_BYTES[extension]:
             raise ValueError(
                 f"shard {path}: member {file.name} has {file.size:,} bytes, more than the "
                 f"{_MAX_BYTES[extension]:,} that a .{extension} may have; leave it out"
             )
-        this = f"{folder}/{stem}" if folder else stem
+        this = as_key(f"{folder}/{stem}" if folder else stem)
         if this != key and members:
             yield key, members
             members = {}
@@ -199,7 +208,7 @@ def read_members(stream: IO[bytes], path: str) -> Iterator[tuple[str, Members]]:
 
 
 def index_row(
-    members: Members, vocabulary: Vocabulary | None, is_readable: bool = True
+    members: Members, vocabulary: Vocabulary, is_readable: bool = True
 ) -> dict[str, Any] | None:
     """What the index says of a sample, but for its key and shard; None if it has no image.
 
@@ -210,7 +219,13 @@ def index_row(
     image_format = next((extension for extension in members if extension in IMAGE_FORMATS), None)
     if image_format is None:
         return None
-    labels = [_class_id(value, vocabulary) for value in _labels(members)]
+    values = _labels(members)
+    if not len(vocabulary) and (values or MASK_EXTENSION in members):
+        raise ValueError(
+            f"it has labels or a mask, but no {VOCABULARY_NAME} says which classes they are; write "
+            f"one beside the shards, with the classes in the order of their numbers: {_EXAMPLE}"
+        )
+    labels = [_class_id(value, vocabulary) for value in values]
     offset, image = members[image_format]
     places = {"image_offset": offset, "image_size": len(image)}
     size, mask = (0, 0), None
@@ -221,8 +236,7 @@ def index_row(
             mask = decode_mask(content).numpy().astype(np.uint16)  # IGNORE is MASK_IGNORE again
     if is_readable:
         size = open_image(image, image_format).size
-    num_classes = MASK_IGNORE if vocabulary is None else len(vocabulary)
-    return sample_row(size, image_format, mask, labels, num_classes) | places
+    return sample_row(size, image_format, mask, labels, len(vocabulary)) | places
 
 
 def _labels(members: Members) -> list[Any]:
@@ -236,8 +250,8 @@ def _labels(members: Members) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _class_id(value: Any, vocabulary: Vocabulary | None) -> int:
-    if isinstance(value, str) and vocabulary is not None and value in vocabulary:
+def _class_id(value: Any, vocabulary: Vocabulary) -> int:
+    if isinstance(value, str) and value in vocabulary:
         return vocabulary.index(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"label {shown(value)} is neither a class number nor a known uid")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memseg_dist.data.decode import decode_image, encode_mask
-from memseg_dist.data.files import is_url, make_folder, read_bytes, unwritable
+from memseg_dist.data.files import is_url, make_folder, public, read_bytes, unwritable
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.evaluation.sliding import Inference, segment_batch
 from memseg_dist.methods.method import Method, evaluation_mode
@@ -51,7 +51,7 @@ def find_pictures(named: Sequence[str]) -> tuple[dict[str, str], list[Skipped]]:
     other: list[Skipped] = []
     inside: list[tuple[Path, Path | str]]
     for text in named:
-        path = Path(text)
+        path = Path(public(text))
         if not is_url(text) and path.is_dir():
             inside = [(item.relative_to(path).with_suffix(""), item) for item in list_images(path)]
             other += passed_over(path)
@@ -129,7 +129,7 @@ def write_prediction(
     keys = ("id", "uid", "name", "pixels", "share")
     rows = [(i, uids[i], names[i], pixels, pixels / labels.size) for i, pixels in areas]
     report = {
-        "image": str(path),
+        "image": public(path),
         "width": labels.shape[1],
         "height": labels.shape[0],
         "labels": f"{name}.labels.png",

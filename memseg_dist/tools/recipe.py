@@ -6,9 +6,10 @@ A recipe lists `Picture`s cheaply (no pixel is read), `cut_into_shards` deals th
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -266,7 +267,19 @@ def shuffled(count: int, seed: int | None) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64(derive_seed("shards", seed))).permutation(count)
 
 
+def picture_files(picture: Picture) -> list[str]:
+    return [picture.image, picture.mask] if picture.mask else [picture.image]
+
+
 def picture_bytes(picture: Picture) -> int:
     """Size of a picture's files on disk."""
-    mask = os.path.getsize(picture.mask) if picture.mask else 0
-    return os.path.getsize(picture.image) + mask
+    return sum(map(os.path.getsize, picture_files(picture)))
+
+
+def files_stamp(paths: Iterable[str]) -> str:
+    """What changes when one of the files does, by their sizes and times."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        known = os.stat(path)
+        digest.update(f"{known.st_size} {known.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -67,8 +67,16 @@ class Sample:
 
 def escape_key(text: str) -> str:
     """A valid key for any file name, reversible by URL unquoting."""
-    escaped = re.sub(r"[%.\\\s\x00]", lambda match: f"%{ord(match[0]):02X}", text)
-    return re.sub(r"^[/_]", lambda match: f"%{ord(match[0]):02X}", escaped)
+    return re.sub(r"[%.\\\s\x00]|^[/_]", _quoted, text)
+
+
+def _quoted(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode())
+
+
+def as_key(name: str) -> str:
+    """The key of a sample that others named: its name, escaped unless it is a key already."""
+    return name if _KEY.fullmatch(name) else escape_key(name)
 
 
 def shard_is_done(root: str | Path, shard_number: int) -> bool:
@@ -84,7 +92,8 @@ def write_shard(
 
     The bytes depend on the samples alone. A shard that is done is skipped without touching
     `samples`. ValueError, naming the key, for a label or mask value outside `num_classes`, a mask
-    of another size than its image, a repeated key or an image that is not of its format.
+    of another size than its image, a repeated key, an image that is not of its format, or other
+    samples than `index.parquet` says this shard has.
     """
     folder = make_folder(root)
     path, part = folder / shard_name(shard_number), folder / part_name(shard_number)
@@ -97,14 +106,31 @@ def write_shard(
         rows = _write_tar(temporary, samples, num_classes)
         if not rows:
             raise ValueError(f"shard {path}: no samples were given; leave this shard out")
+        listing = [{**row, "key": key, "shard": path.name} for key, row in rows.items()]
+        table = pa.Table.from_pylist(listing, schema=arrow_schema())
+        _check_indexed(folder / INDEX_NAME, path, table)
         os.replace(temporary, path)
-        table = [{**row, "key": key, "shard": path.name} for key, row in rows.items()]
-        write_parquet(part, [pa.Table.from_pylist(table, schema=arrow_schema())])
+        write_parquet(part, [table])
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(rows)
+
+
+def _check_indexed(index_path: Path, path: Path, table: pa.Table) -> None:
+    """ValueError if the index has other rows of the shard: until `finish` it would be of the old
+    tar.
+    """
+    if not index_path.exists():
+        return
+    with reading_parquet(index_path):
+        old = pq.read_table(index_path, filters=[("shard", "==", path.name)])
+    if len(old) and not old.equals(table):
+        raise ValueError(
+            f"shard {path} is in {INDEX_NAME} with other samples; give the new ones another shard "
+            "number, or write the whole data set to another folder"
+        )
 
 
 def _write_tar(
@@ -214,8 +240,9 @@ def finish(root: str | Path, vocabulary: Vocabulary) -> Index:
     """Merge the part indexes into `index.parquet` and write `vocabulary.json`.
 
     Rows are sorted by shard. Shards of an earlier `finish` are kept, so a data set can grow and a
-    killed `finish` can be repeated. ValueError if there is nothing to merge, a shard is missing, a
-    label lies outside the vocabulary or two samples share a key.
+    killed `finish` can be repeated; the vocabulary may grow too, by classes after its last one.
+    ValueError if there is nothing to merge, a shard is missing, a label lies outside the vocabulary
+    or two samples share a key.
     """
     folder = make_folder(root)
     parts = sorted(folder.glob(f"shard-*{PART_SUFFIX}"))
@@ -227,8 +254,9 @@ def finish(root: str | Path, vocabulary: Vocabulary) -> Index:
     for name in tables:
         if not (folder / name).exists():
             raise ValueError(f"{folder}: shard {name} is missing although its index is here")
-    if parts:
-        _check_keys_and_labels([*parts, *([index_path] if old else [])], tables, vocabulary, folder)
+    if old is not None:
+        _check_grown(folder / VOCABULARY_NAME, vocabulary)
+    _check_keys_and_labels([*parts, *([index_path] if old else [])], tables, vocabulary, folder)
     vocabulary.save(folder / VOCABULARY_NAME)
     try:
         if parts:
@@ -268,6 +296,18 @@ def _merged(
             yield table.filter(pc.equal(table["shard"], shard))
 
 
+def _check_grown(path: Path, vocabulary: Vocabulary) -> None:
+    """ValueError unless the classes that indexed labels count keep their ids."""
+    old, new = Vocabulary.load(path).uids, vocabulary.uids
+    for class_id, uid in enumerate(old):
+        if new[class_id : class_id + 1] != (uid,):
+            found = repr(new[class_id]) if class_id < len(new) else "absent"
+            raise ValueError(
+                f"{path}: class {class_id} is {uid!r}, but {found} in the new vocabulary; keep the "
+                "classes that are there in their order and add new ones at the end"
+            )
+
+
 def _check_keys_and_labels(
     paths: list[Path], parts: dict[str, Path], vocabulary: Vocabulary, folder: Path
 ) -> None:
@@ -275,7 +315,9 @@ def _check_keys_and_labels(
     for path in paths:
         table = read_table(path, ["key", "labels", "shard"])
         if path.name == INDEX_NAME:
-            table = table.filter(pc.invert(pc.is_in(table["shard"], pa.array([*parts]))))
+            table = table.filter(
+                pc.invert(pc.is_in(table["shard"], pa.array([*parts], pa.string())))
+            )
         highest = pc.max(pc.list_flatten(table["labels"])).as_py()
         if highest is not None and highest >= len(vocabulary):
             raise ValueError(

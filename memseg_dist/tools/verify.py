@@ -12,7 +12,7 @@ from memseg_dist.data.decode import decode_image
 from memseg_dist.data.files import join, open_binary
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Vocabulary
-from memseg_dist.tools.external import Members, index_row, read_members
+from memseg_dist.tools.external import Members, index_row, read_members, unindexed
 
 _SHOWN = 20
 
@@ -20,10 +20,11 @@ _SHOWN = 20
 def verify(root: str | Path) -> Index:
     """Decode every member of every shard and compare it with the index, which is returned.
 
-    ValueError, listing the first problems, if any shard or sample is not as the index says.
+    ValueError, listing the first problems, if any shard or sample is not as the index says, or a
+    shard is not in it.
     """
     index = Index.open(root)
-    problems: list[str] = []
+    problems = [f"shard {path}: it is not in the index" for path in unindexed(index)]
     for shard, rows in groupby(_rows(index), key=lambda row: row["shard"]):
         expected = {row["key"]: row for row in rows}
         problems += _shard_problems(join(index.root, shard), expected, index.vocabulary)

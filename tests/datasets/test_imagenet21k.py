@@ -119,6 +119,21 @@ def test_limit_draws_across_classes(imagenet, tars, options):
     assert report.num_samples == 20 and np.count_nonzero(counts) == 2
 
 
+def test_no_shard_has_more_megabytes_than_asked_for(imagenet, tmp_path, options, picture_files):
+    """Of folders too; sizes that differ are added up, not taken for their mean."""
+    root = tmp_path / "in"
+    for number in range(12):
+        path = root / TENCH / f"{TENCH}_{number}.JPEG"
+        picture_files[0](path, number)
+        with open(path, "ab") as stream:
+            stream.write(bytes(100_000 if number % 3 else 500_000))
+    choice = options(megabytes_per_shard=1)
+    imagenet.build(imagenet.Raw(root, choice))
+    index = Index.open(choice.out)
+    parts = np.split(index.numbers("image_size"), index.shard_starts[1:-1])
+    assert len(parts) > 1 and all(part.sum() <= 2**20 for part in parts)
+
+
 def test_bad_input(imagenet, tars, tmp_path, options):
     with pytest.raises(ValueError, match="no folder"):
         imagenet.build(imagenet.Raw(tmp_path / "nowhere", options()))

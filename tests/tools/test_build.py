@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from memseg_dist.data.files import write_atomically
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.build import ShardTask, build_dataset, build_pictures, command_line
@@ -88,6 +89,32 @@ def test_bad_images_are_skipped_and_reported(pictures, options, capsys):
     assert "2 left out" in text and "not a JPEG, PNG or WebP image (such as 2)" in text
     again = build_pictures(choice.out, VOCABULARY, pictures, choice)  # the reasons are kept
     assert set(again.skipped) == set(report.skipped)
+
+
+def test_skipped_images_are_known_after_a_kill_before_the_note(pictures, options, monkeypatch):
+    with open(pictures[2].image, "wb") as stream:
+        stream.write(b"GIF89a")
+    with monkeypatch.context() as patch:
+        patch.setattr("memseg_dist.tools.build.write_atomically", fail_on_notes)
+        with pytest.raises(RuntimeError, match="killed"):
+            build_pictures(options().out, VOCABULARY, pictures, options())
+    assert (options().out / "shard-000000.tar").exists()
+    report = build_pictures(options().out, VOCABULARY, pictures, options())
+    assert (report.num_samples, [key for key, _ in report.skipped]) == (9, ["2"])
+
+
+def fail_on_notes(path, content):
+    if "shard" in path.name:
+        raise RuntimeError("killed")
+    write_atomically(path, content)
+
+
+def test_a_changed_picture_is_other_input(pictures, options, picture_files):
+    build_pictures(options().out, VOCABULARY, pictures, options())
+    assert build_pictures(options().out, VOCABULARY, pictures, options()).num_resumed == 1
+    picture_files[0](Path(pictures[3].image), 99)
+    with pytest.raises(ValueError, match="--overwrite"):
+        build_pictures(options().out, VOCABULARY, pictures, options())
 
 
 def test_a_shard_of_skipped_images_is_left_out(pictures, options):

@@ -33,7 +33,10 @@ from memseg_dist.methods.rca.fusion import FusionConfig, fuse
 from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.nn.backbone import BackboneConfig
 from memseg_dist.stages import LabelConfig
+from memseg_dist.tools import build
 from memseg_dist.tools.pseudo_labels import label
+from memseg_dist.tools.pseudo_labels.classes import LabelClasses
+from memseg_dist.tools.pseudo_labels.task import LabelTask
 from memseg_dist.tools.shards import Sample, finish, write_shard
 from memseg_dist.train.checkpoint import Checkpoint
 from memseg_dist.train.engine import TorchEngine
@@ -253,6 +256,23 @@ def test_a_stopped_run_goes_on_and_another_is_refused(made, tmp_path):
     other = label(replace(config, labeller=rules, overwrite=True))
     assert other.counts["unknown"] == HEIGHT * WIDTH  # of the image without labels
     assert other.build.num_resumed == 0
+
+
+def test_other_images_are_another_run(made, tmp_path):
+    data = write_data(tmp_path / "data")
+    label(config_of(made, tmp_path / "out", data=str(data)))
+    for path in data.iterdir():
+        path.unlink()
+    write_data(data, [*range(8), 9])
+    with pytest.raises(ValueError, match="of other input or options"):
+        label(config_of(made, tmp_path / "out", data=str(data)))
+
+
+def test_the_classes_are_hashed_once_not_for_each_shard(made, tmp_path, monkeypatch):
+    seen, plain = [], build._plain
+    monkeypatch.setattr(build, "_plain", lambda value: seen.append(type(value)) or plain(value))
+    label(config_of(made, tmp_path / "out"))
+    assert seen.count(LabelTask) == 3 and LabelClasses not in seen
 
 
 def test_only_the_first_images(made, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.pseudo_labels.scores import score_pseudo_labels
 from memseg_dist.tools.shards import Sample, finish, write_shard
@@ -74,6 +75,16 @@ def test_against_a_hand_computation(pseudo, truth, tmp_path):
     assert "45.24 with unknown pixels excluded, 41.90 with them counted as wrong" in str(scores)
     assert scores.metrics("x/")["x/miou_unknown_wrong"] == scores.wrong.miou()
     assert scores.to_json()["unknown_excluded"]["groups"]["all"]["num_classes"] == 3
+
+
+def test_only_what_is_scored_is_read_row_by_row(truth, tmp_path, monkeypatch):
+    pseudo = write(tmp_path / "one", PSEUDO, {"a": [[0, 1, 1, UNKNOWN], [0, 0, 1, 1]]})
+    asked, row = [], Index.row
+    monkeypatch.setattr(
+        Index, "row", lambda self, number: asked.append(number) or row(self, number)
+    )
+    score_pseudo_labels(pseudo, truth, cache_dir=tmp_path / "cache", show_progress=False)
+    assert len(asked) == 2
 
 
 def iou(scores) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 from dataclasses import replace
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 from data.made import NUM_CLASSES, VOCABULARY, blocks, encoded, sample, write
 
 from memseg_dist.data.index import Index
-from memseg_dist.data.vocabulary import Vocabulary
+from memseg_dist.data.vocabulary import Category, Vocabulary
 from memseg_dist.tools.shards import Sample, escape_key, finish, shard_is_done, write_shard
 from memseg_dist.tools.verify import verify
 
@@ -148,6 +149,35 @@ def test_finish_checks_the_vocabulary_and_the_shards(tmp_path):
         finish(tmp_path, VOCABULARY)
 
 
+def test_a_vocabulary_may_only_grow(tmp_path):
+    write(tmp_path, (6,), with_masks=False)
+    first, second, *others = VOCABULARY.categories
+    for part in (False, True):
+        if part:
+            write_shard(tmp_path, 1, [sample(6, with_mask=False)], num_classes=NUM_CLASSES)
+        with pytest.raises(ValueError, match=r"class 0 is 'n0', but 'n1' in the new vocabulary"):
+            finish(tmp_path, Vocabulary((second, first, *others)))
+        with pytest.raises(ValueError, match=r"class 2 is 'n2', but absent in the new vocabulary"):
+            finish(tmp_path, Vocabulary((first, second)))
+    grown = Vocabulary((*VOCABULARY.categories, Category("n6", "class 6")))
+    assert finish(tmp_path, grown).vocabulary == grown
+    (tmp_path / "vocabulary.json").write_text('{"format": 1, "categories": []}')
+    with pytest.raises(ValueError, match="label 5 is outside the vocabulary of 2 classes"):
+        finish(tmp_path, Vocabulary((first, second)))
+
+
+def test_an_indexed_shard_takes_no_other_samples(tmp_path):
+    write(tmp_path, (2, 1))
+    before = (tmp_path / "shard-000000.tar").read_bytes()
+    with pytest.raises(ValueError, match=r"shard-000000\.tar is in index\.parquet with other"):
+        write_shard(tmp_path, 0, [sample(8), sample(9)], num_classes=NUM_CLASSES)
+    assert (tmp_path / "shard-000000.tar").read_bytes() == before
+    verify(tmp_path)
+    (tmp_path / "shard-000000.tar").unlink()  # lost: the same one may be written again
+    assert write_shard(tmp_path, 0, [sample(0), sample(1)], num_classes=NUM_CLASSES) == 2
+    assert len(finish(tmp_path, VOCABULARY)) == len(verify(tmp_path)) == 3
+
+
 def test_an_unwritable_output_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write to .*file/data.*may write to"):
@@ -157,14 +187,14 @@ def test_an_unwritable_output_is_named(tmp_path):
 
 
 def test_any_file_name_makes_a_key(tmp_path):
-    names = ["a.b/c d.x", "/root", "_hidden", "100%", "plain-1/ö"]
+    names = ["a.b/c d.x", "/root", "_hidden", "100%", "x\u3000y", "x\u2028", "x 28", "plain-1/ö"]
     keys = [escape_key(name) for name in names]
-    assert len({*keys}) == len(names)
-    assert keys[-1] == "plain-1/ö"
+    assert [unquote(key) for key in keys] == names
+    assert keys[0] == "a%2Eb/c%20d%2Ex" and keys[-1] == "plain-1/ö"
     samples = [replace(sample(i), key=key) for i, key in enumerate(keys)]
     write_shard(tmp_path, 0, samples, num_classes=NUM_CLASSES)
     index = finish(tmp_path, VOCABULARY)
-    assert [index.key(i) for i in range(5)] == keys
+    assert [*index.all_keys()] == keys
     verify(tmp_path)
 
 

@@ -64,8 +64,11 @@ def colorize(label_map: LabelMap, colors: Mapping[int, Color]) -> Pixels:
     """uint8 [H, W, 3]; IGNORE is hatched grey."""
     row, column = np.indices(label_map.shape)
     result = np.array([IGNORED, HATCHED], dtype=np.uint8)[((row + column) // 6) % 2]
-    for class_id, color in colors.items():
-        result[label_map == class_id] = color
+    ids, places = np.unique(label_map, return_inverse=True)
+    table = np.array([colors.get(class_id, IGNORED) for class_id in ids.tolist()], dtype=np.uint8)
+    places = places.reshape(label_map.shape)  # NumPy 1 makes it flat
+    is_painted = np.isin(ids, [*colors])[places]
+    result[is_painted] = table[places[is_painted]]
     return result
 
 

@@ -50,7 +50,8 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
         workers = 0  # a Ray task has no GPU; this process has one
     num_images = min(len(index), config.max_images or len(index))
     classes = choose_classes(index, model, labeller, num_images)
-    digest = derive_seed("checkpoint", json.dumps(encode(checkpoint.manifest), sort_keys=True))
+    content = encode([checkpoint.manifest, classes])
+    digest = derive_seed("labels", json.dumps(content, sort_keys=True))
     starts, stops = index.shard_starts[:-1].tolist(), index.shard_starts[1:].tolist()
     tasks = [
         LabelTask(
@@ -65,6 +66,7 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
         classes.vocabulary,
         [ShardTask(label_samples, task) for task in tasks],
         BuildOptions(Path(config.out), workers=workers, overwrite=config.overwrite),
+        stamp=index.fingerprint(),
     )
     scores = score_pseudo_labels(config.out, config.truth) if config.truth else None
     report = read_report(built, classes.left_out, scores)

@@ -144,9 +144,10 @@ def _class_of(uid: str, vocabulary: Vocabulary, other: int) -> int:
 
 def _common_rows(pseudo: Index, truth: Index) -> list[tuple[int, int]]:
     """(row of `pseudo`, row of `truth`) of the keys that have a mask in both."""
-    rows = {key: row for row, key in enumerate(truth.all_keys()) if truth.row(row).mask_size}
-    keys = enumerate(pseudo.all_keys())
-    return [(row, rows[key]) for row, key in keys if key in rows and pseudo.row(row).mask_size]
+    rows = np.flatnonzero(pseudo.numbers("mask_size"))
+    true_rows = truth.rows_of([*pseudo.all_keys()])[rows]
+    is_common = (true_rows >= 0) & (truth.numbers("mask_size")[true_rows] > 0)
+    return [*zip(rows[is_common].tolist(), true_rows[is_common].tolist(), strict=True)]
 
 
 def _scores(metrics: SegmentationMetrics, classes: list[EvaluatedClass]) -> SegmentationScores:

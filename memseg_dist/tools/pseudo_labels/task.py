@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ NOTE = "pseudo"
 class LabelTask:
     """The images `start` .. `stop` - 1 of `data` and how to label them.
 
-    digest: of the checkpoint's content, so that other weights are another task.
+    digest: of the checkpoint's content and of `classes`, so that other weights are another task.
     """
 
     checkpoint: str
@@ -47,7 +47,7 @@ class LabelTask:
     data: str
     start: int
     stop: int
-    classes: LabelClasses
+    classes: LabelClasses = field(compare=False)
 
     def reader(self, ids: Sequence[int]) -> Reader:
         """Of `data`, with its local ids brought to `ids`."""
