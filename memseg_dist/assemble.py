@@ -50,9 +50,28 @@ def build_method(
     of the sources, which a model that only predicts does not need. ValueError for data or settings
     that the method cannot train with.
     """
+    setup = _setup(config, label_space, device, for_training)
+    set_kernels(config.engine.on(device), device)
+    if for_training:
+        config.method.check(setup)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        method = config.method.build(setup)
+    check_recorded(method)
+    return method.to(device)
+
+
+def check_method(config: RunConfig, label_space: LabelSpace) -> None:
+    """ValueError for what `build_method` refuses. The net is made on the CPU, without memories."""
+    config.method.check(_setup(config, label_space, "cpu", for_training=True))
+    build_method(config, label_space, for_training=False)
+
+
+def _setup(
+    config: RunConfig, label_space: LabelSpace, device: torch.device | str, for_training: bool
+) -> Setup:
     engine = config.engine.on(device)
-    set_kernels(engine, device)
-    setup = Setup(
+    return Setup(
         config.active_sources,
         label_space,
         config.backbone,
@@ -67,13 +86,6 @@ def build_method(
         compile=engine.compile,
         activation_checkpointing=engine.activation_checkpointing,
     )
-    if for_training:
-        config.method.check(setup)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        method = config.method.build(setup)
-    check_recorded(method)
-    return method.to(device)
 
 
 def set_kernels(engine: EngineConfig, device: torch.device | str) -> None:

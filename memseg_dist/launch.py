@@ -7,12 +7,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from memseg_dist.assemble import build_label_space, check_method
 from memseg_dist.checks import require
 from memseg_dist.config import RunConfig, from_json, to_json, with_absolute_paths
+from memseg_dist.data.loader import TrainLoader
 from memseg_dist.methods.kinds import register
 from memseg_dist.methods.method import MethodConfig
 from memseg_dist.nn.weights import fetch_weights
@@ -20,6 +25,7 @@ from memseg_dist.platforms import local
 from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pictures.draw import draw_validation
+from memseg_dist.train.checkpoint import Checkpoint, DamagedCheckpoint, check_same_run
 from memseg_dist.train.console import ConsoleTracker
 from memseg_dist.train.engine import EngineFactory, TorchEngine
 from memseg_dist.train.lease import holding
@@ -27,6 +33,7 @@ from memseg_dist.train.loop import checkpoints_to_resume, train
 from memseg_dist.train.overview import survey
 from memseg_dist.train.platform import Context, Tracker, Trackers
 from memseg_dist.train.storage import make_writable, on_rank_0
+from memseg_dist.train.validate import Validator
 
 
 def launch(config: RunConfig) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
     fetch_weights(config.backbone.name, config.backbone.pretrained)
     make_writable(config.directory)
     with holding(config.directory):
-        checkpoints_to_resume(config)
+        check(config)
         config = replace(config, resume="auto")  # asked once: restarted workers do go on
         config_json = to_json(config)
         worker = functools.partial(run_worker, tags=provenance(), method=type(config.method))
@@ -59,6 +66,35 @@ def launch(config: RunConfig) -> dict[str, Any]:
     return result
 
 
+def check(config: RunConfig) -> None:
+    """ValueError for what every worker would refuse, before one is started and a tracker opened:
+    a run that cannot be resumed, data, classes, the method, its net and their weights.
+    """
+    register(type(config.method))
+    checkpoints = checkpoints_to_resume(config)
+    index_data(config)
+    label_space = build_label_space(config)
+    loader = TrainLoader(
+        config.active_sources, label_space, seed=config.seed, cache_dir=config.cache_directory
+    )
+    for checkpoint in map(Checkpoint, checkpoints):
+        with suppress(DamagedCheckpoint):  # the workers warn, and go back to an older one
+            checkpoint.verify(["run.json"])
+            check_same_run(checkpoint, config, label_space, loader.fingerprints())
+            break
+    survey(config, torch.device("cpu"), 1, None)
+    if config.validation is not None:
+        Validator(config, label_space, torch.device("cpu"))
+    check_method(config, label_space)
+
+
+def index_data(config: RunConfig) -> None:
+    paths = [source.path for source in config.active_sources]
+    ensure_indexed(
+        [*paths, config.validation.path] if config.validation else paths, config.cache_directory
+    )
+
+
 def _announce(name: str, least: int, most: int, where: str) -> None:
     """Starting takes a while, without a word from the workers."""
     number = str(most) if least == most else f"{least} to {most}"
@@ -71,10 +107,7 @@ def run_worker(
     """One worker's part of the run. method: may be one that only the job knows."""
     register(method)
     config = from_json(config_json)
-    paths = [source.path for source in config.active_sources]
-    ensure_indexed(
-        [*paths, config.validation.path] if config.validation else paths, config.cache_directory
-    )
+    index_data(config)
     overview = on_rank_0(
         lambda: survey(
             config, context.device, context.size, next(iter(checkpoints_to_resume(config)), None)
@@ -150,7 +183,9 @@ def where_things_are(config: RunConfig) -> str:
         lines.append(f"overlays    {config.directory}/panels")
     lines.append(f"figures     {config.directory}/metrics.jsonl")
     if config.tracking.kind == "mlflow":
-        lines.append(f"            mlflow ui --backend-store-uri {tracking_uri(config)}")
+        uri = tracking_uri(config)
+        if not uri.startswith("http"):  # a server's page is there already
+            lines.append(f"            mlflow ui --backend-store-uri {uri}")
         lines.append(f"            {mlflow_page(config)}")
     if "runtime_resources/working_dir_files" in config.storage:
         lines.append("attention   this directory vanishes with the Ray job; use --storage")

@@ -230,7 +230,8 @@ def check_stage(name: str, stages: Mapping[str, Stage]) -> None:
     if stage.truth is not None and not exists(join(stage.truth, INDEX_NAME)):
         raise ValueError(
             f"stage {name!r}: truth {stage.truth} has no shards to score the pseudo labels "
-            "against; write them with the recipe, or name others"
+            "against; write them with the recipe, the first command that the job's --help shows "
+            "(python datasets/...), or name others"
         )
     if stage.data not in map(result_of, stages.values()):  # else it is not written yet
         ensure_indexed([stage.data])

@@ -32,6 +32,7 @@ from timm.models.hrnet import HighResolutionNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 
+from memseg_dist.checks import require
 from memseg_dist.nn.batchnorm import record_batchnorm
 from memseg_dist.nn.resnet38 import ResNet38
 from memseg_dist.nn.vgg import Vgg16
@@ -81,6 +82,8 @@ class BackboneConfig:
     {"feature_location": '""'} for its branches as they are. None that reads a file."""
 
     def __post_init__(self) -> None:
+        is_known = self.output_stride in (None, 8, 16, 32)
+        require(is_known, "backbone.output_stride", self.output_stride, "8, 16 or 32")
         for key in self.options:
             if key.startswith("pretrained") or key in ("checkpoint_path", "cache_dir"):
                 raise ValueError(
@@ -198,7 +201,8 @@ def build_backbone(
     try:
         net, indices = _build_net(config, options, stages)
     except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(f"backbone '{config.name}' with {options}: {error}") from error
+        reason = str(error) or "the net does not take these"  # timm's assertions say nothing
+        raise ValueError(f"backbone '{config.name}' with {options}: {reason}") from error
     if config.pretrained:
         _load_pretrained(net, config, options)
     if config.frozen_batchnorm:

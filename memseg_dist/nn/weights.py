@@ -51,7 +51,9 @@ def _download(name: str) -> None:
 def _check_file(path: str) -> None:
     if not Path(path).is_file():
         raise ValueError(
-            f"backbone weights '{path}' do not exist; give a .safetensors file or 'hub'"
+            f"backbone weights '{path}' do not exist; write them (python jobs/pretrain_scenes.py, "
+            "or jobs/pretrain_folder.py for your own pictures), or give another .safetensors file "
+            "or 'hub'"
         )
     if Path(path).suffix != ".safetensors":
         convert = (

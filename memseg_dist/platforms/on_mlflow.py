@@ -49,6 +49,8 @@ Row = tuple[str, float, int, int]
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _BAD_CHARACTERS = re.compile(r"[^\w\-. /:]")
+_PICTURE = re.compile(r"^(.+), step (\d+)\n\n!\[\]", re.MULTILINE)
+"""A picture in a run's note."""
 _GROUPS = {
     **dict.fromkeys(("images_per_second", "step_seconds", "data_wait_share"), "speed"),
     **dict.fromkeys(("lr", "grad_norm"), "optimizer"),
@@ -228,6 +230,8 @@ class MlflowTracker(Tracker):
             self._client.update_run(run_id, status="RUNNING")
             for metric in run.data._metric_objs:  # the last step of each; a history can be huge
                 self._written[metric.key] = metric.step
+            note = run.data.tags.get("mlflow.note.content", "")
+            self._pictures = {name: int(step) for name, step in _PICTURE.findall(note)}
         for key, value in self._tags.items():
             self._client.set_tag(run_id, key, value)
         self.run_id = run_id

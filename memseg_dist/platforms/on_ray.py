@@ -44,6 +44,7 @@ from memseg_dist.config import LaunchConfig, RunConfig
 from memseg_dist.data.loader_process import delete_temporary_folder
 from memseg_dist.platforms import process
 from memseg_dist.platforms.process import Failure, RunFailed, WorkerError
+from memseg_dist.platforms.ray_init import init_ray
 from memseg_dist.train.console import StepBar
 from memseg_dist.train.platform import Context
 
@@ -206,17 +207,15 @@ def connect(config: RunConfig) -> None:
             return
         ray.shutdown()
     _cpus_started = None
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says it is on
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.launch.address or os.environ.get("RAY_ADDRESS")
     heeded = signal.getsignal(signal.SIGTERM)
     if address is None:
         _cpus_started = max(os.cpu_count() or 1, wanted)
-        ray.init(address="local", num_cpus=_cpus_started)
+        init_ray(address="local", num_cpus=_cpus_started)
     else:
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         # a job brings its working directory; otherwise other machines get this very package
-        ray.init(address=address, runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]})
+        init_ray(address=address, runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]})
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, heeded)  # Ray exits with 15 on it
 

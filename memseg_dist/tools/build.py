@@ -281,10 +281,12 @@ def _on_ray(
     import ray
     from ray.exceptions import RayTaskError
 
+    from memseg_dist.platforms.ray_init import init_ray
+
     started = not ray.is_initialized()
     if started:
         local: dict[str, Any] = {"address": "local", "num_cpus": workers} if workers else {}
-        ray.init(include_dashboard=False, log_to_driver=False, **local)
+        init_ray(include_dashboard=False, log_to_driver=False, **local)
     for module in {_unwrap(task.make).__module__ for _, _, task, _ in jobs}:
         if module != "__main__" and not module.startswith("memseg_dist."):
             ray.cloudpickle.register_pickle_by_value(sys.modules[module])

@@ -30,7 +30,7 @@ from memseg_dist.train.checkpoint import (
     whole_checkpoints,
 )
 from memseg_dist.train.engine import Engine, EngineFactory
-from memseg_dist.train.meters import Meter, Recorder
+from memseg_dist.train.meters import Meter, Recorder, log_config
 from memseg_dist.train.optim import learning_rate
 from memseg_dist.train.platform import Context, Tracker
 from memseg_dist.train.saver import Saver
@@ -69,6 +69,8 @@ def _train(
     draw: Draw | None,
 ) -> dict[str, Any]:
     on_rank_0(lambda: make_writable(config.directory))
+    if dist.rank() == 0:
+        log_config(config, tracker)
     label_space = build_label_space(config)
     method = build_method(config, label_space, context.device)
     engine = engine_factory(method, config, context.device)

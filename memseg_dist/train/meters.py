@@ -166,6 +166,14 @@ _NO_PARAMETER = re.compile(r"name|storage|loader.cache_dir|(sources.+|validation
 """Settings that say where things lie and what data sets are called, which is told otherwise."""
 
 
+def log_config(config: RunConfig, tracker: Tracker) -> None:
+    """On rank 0, before anything that can fail."""
+    params = flatten(config)
+    untold = {name for name in params if _NO_PARAMETER.fullmatch(name)}
+    tracker.log_params(params, untold.union(defaults(config)))
+    tracker.log_text("config.json", to_json(config))
+
+
 class Recorder:
     """Figures on their way out: history file and tracker (rank 0), launcher (all ranks).
 
@@ -181,11 +189,6 @@ class Recorder:
         self.evaluated: set[int] = set()
         for line in on_rank_0(self._history.read):
             self._keep(int(line.pop("step")), line)
-        if dist.rank() == 0:
-            params = flatten(config)
-            untold = {name for name in params if _NO_PARAMETER.fullmatch(name)}
-            tracker.log_params(params, untold.union(defaults(config)))
-            tracker.log_text("config.json", to_json(config))
 
     def __call__(self, step: int, figures: dict[str, float]) -> None:
         """Collective."""

@@ -423,7 +423,6 @@ def test_weights_of_our_own_nets_go_through_a_file(config, tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (dataclasses.replace(VGG, output_stride=4), "output_stride of vgg16 is 4; use 8, 16 or 32"),
         (dataclasses.replace(RESNET38, output_stride=16), "resnet38 is 16; it must be 8"),
         (dataclasses.replace(RESNET38, pretrained="hub"), "'hub' do not fit 'resnet38': Unknown"),
         (dataclasses.replace(VGG, options={"width": "0.01"}), "vgg16 is 0.01; it must be a mult"),
@@ -435,10 +434,17 @@ def test_settings_that_our_own_nets_lack_are_named(config, message):
         build_backbone(config)
 
 
+def test_an_output_stride_that_no_net_has_is_named():
+    with pytest.raises(ValueError, match=r"backbone\.output_stride is 7; it must be 8, 16 or 32"):
+        BackboneConfig("resnet18", output_stride=7)
+    with pytest.raises(ValueError, match=r"'hrnet_w18_small' with .*: the net does not take these"):
+        build_backbone(BackboneConfig("hrnet_w18_small", output_stride=8))
+
+
 def test_wrong_names_and_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="backbone 'resnet_of_nowhere' is no timm model"):
         build_backbone(BackboneConfig("resnet_of_nowhere"))
-    with pytest.raises(ValueError, match=r"nothing\.safetensors' do not exist"):
+    with pytest.raises(ValueError, match=r"nothing\.safetensors' do not exist.*jobs/pretrain_s"):
         build_backbone(dataclasses.replace(RESNET, pretrained="nothing.safetensors"))
     path = tmp_path / "vit.safetensors"
     save_backbone(build_backbone(TINY_VIT), path)

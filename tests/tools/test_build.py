@@ -53,12 +53,13 @@ def test_report_and_index(pictures, options, read_back, capsys):
             assert image == stream.read()  # bytes untouched
 
 
-def test_ray_writes_the_same_bytes(pictures, options, tmp_path):
+def test_ray_writes_the_same_bytes(pictures, options, tmp_path, capfd):
     choice = options(samples_per_shard=4)
     build_pictures(choice.out, VOCABULARY, pictures, choice)
     parallel = dataclasses.replace(choice, out=tmp_path / "parallel", workers=2)
     build_pictures(parallel.out, VOCABULARY, pictures, parallel)
     assert files_of(choice.out) == files_of(parallel.out)
+    assert "WARNING" not in capfd.readouterr().err
 
 
 def test_a_killed_build_is_resumed(pictures, options):

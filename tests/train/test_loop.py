@@ -292,6 +292,16 @@ def test_panels_table_and_status_reach_the_tracker(whole, data, tmp_path):
     assert from_json(tracker.texts["config.json"]) == config
 
 
+def test_a_run_that_fails_before_its_first_step_says_what_it_was(data, tmp_path):
+    def fail(*_):
+        raise RuntimeError("no such engine")
+
+    config, tracker = larvseg_config(data, tmp_path, steps=1), Watching()
+    with pytest.raises(RuntimeError, match="no such engine"):
+        loop.train(config, Here(), tracker, fail)
+    assert tracker.status == "failed" and from_json(tracker.texts["config.json"]) == config
+
+
 def torch_run(data, storage, **changes):
     defaults = {"engine": EngineConfig("torch"), "validation": None}
     config = larvseg_config(data, storage, **(defaults | changes))
