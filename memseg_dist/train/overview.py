@@ -18,7 +18,7 @@ from memseg_dist.config import RunConfig, ValidationConfig
 from memseg_dist.data.index import Index
 from memseg_dist.data.pseudo_masks import ids_by_uid
 from memseg_dist.data.source import Source, kept_ids, open_index
-from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.data.vocabulary import LabelSpace, fold
 from memseg_dist.train.checkpoint import Checkpoint
 
 LARGE_SHARE = 0.1
@@ -190,6 +190,7 @@ def _unnamed_classes(
             f"no source with image labels ({', '.join(with_labels)}) names "
             + ", ".join(
                 f"{category.name!r}, which has {shares[class_id]:.0%} of the masks' pixels"
+                + _namesake(class_id, np.flatnonzero(is_named), space)
                 for class_id, category in zip(unnamed, categories, strict=True)
             )
             + ". The method takes what labels leave out for a part of what they name, so a class "
@@ -197,6 +198,18 @@ def _unnamed_classes(
             "images that show it, or exclude it from the sources with masks and from the score "
             f"(--sources.N.exclude {categories[0].uid} --validation.exclude {categories[0].uid})"
         )
+
+
+def _namesake(class_id: int, others: NDArray[np.integer], space: LabelSpace) -> str:
+    """What is said of a class whose name one of `others` has too."""
+    uids, names = space.vocabulary.uids, [fold(name) for name in space.vocabulary.names]
+    same = [uids[other] for other in others if names[other] == names[class_id]]
+    if not same:
+        return ""
+    return (
+        f" (its uid is {uids[class_id]!r}; they name {same[0]!r}, another class of this name: give "
+        "both one uid if they are one)"
+    )
 
 
 def _names(ids: Sequence[int] | NDArray[np.integer], space: LabelSpace) -> str:

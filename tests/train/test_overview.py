@@ -99,6 +99,14 @@ def test_a_background_that_no_label_names_is_warned_of(config):
     assert not any("pixels" in text for text in look(other).warnings)
 
 
+def test_a_background_of_two_uids_is_told_from_one_that_no_label_names(config, tmp_path):
+    other = [Category("bg", "Background"), *(Category(f"u:{name}", name) for name in NAMES[1:])]
+    write(tmp_path / "weak", {"c": ((CAT,), None), "d": ((BACKGROUND, CAT), None)})
+    Vocabulary(tuple(other)).save(tmp_path / "weak" / "vocabulary.json")
+    (warning,) = [text for text in look(config).warnings if "pixels" in text]
+    assert "its uid is 'u:background'; they name 'bg', another class of this name" in warning
+
+
 def test_a_fingerprint_follows_the_data_and_not_the_place(tmp_path):
     for name, labels in (("one", (CAT,)), ("same", (CAT,)), ("other", (BAG,))):
         write(tmp_path / name, {"a": (labels, None)})
