@@ -136,10 +136,15 @@ def parse(
     arguments: Sequence[str] | None = None,
 ) -> tuple[Options, dict[str, Stage]]:
     """The options, and the stages that follow from them as their own flags change them."""
-    options, _ = tyro.cli(
+    options, rest = tyro.cli(
         kind, args=arguments, config=MARKERS, return_unknown_args=True, add_help=False
     )
-    described = stages(options)
+    try:
+        described = stages(options)
+    except ValueError:  # shards that are not written yet must not keep the help away
+        if not {"-h", "--help"} & {*rest}:
+            raise
+        described = stages(kind(smoke=True))
     if options.smoke:
         described = miniature.shrunk(described)
     command = command_of(options, described)
