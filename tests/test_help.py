@@ -57,8 +57,10 @@ def test_every_flag_of_a_job_has_help(monkeypatch, name):
     assert not without_help(command_of(options, stages), config=MARKERS)
 
 
-@pytest.mark.parametrize("arguments", [(name,) for name in JOBS]
-                         + [("larvseg_folder", "--novel", "zebra"), ("rca_voc", "--eps")])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [*((name,) for name in JOBS), ("larvseg_folder", "--novel", "zebra"), ("rca_voc", "--eps")],
+)
 def test_help_needs_no_data(monkeypatch, tmp_path, capsys, arguments):
     name, *flags = arguments
     monkeypatch.chdir(tmp_path)

@@ -56,7 +56,7 @@ _PAIRS = PrimitiveConstructorSpec[Mapping[str, str]](
     is_instance=lambda value: isinstance(value, Mapping),
     str_from_instance=lambda pairs: [word for pair in pairs.items() for word in pair],
 )
-"""One flag for all pairs: of a mapping that is not empty tyro makes a flag per key, without help."""
+"""One flag for all pairs: a mapping that is not empty would be a flag per key, without help."""
 
 
 @dataclass(frozen=True)
