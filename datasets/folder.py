@@ -170,8 +170,8 @@ def build_masks(recipe: Masks) -> BuildReport:
         if mask is None and not recipe.unlabelled:
             expected = (recipe.masks / relative).with_suffix(".png")
             raise ValueError(
-                f"image {image} has no mask {expected}; add it, remove the image, or take such images "
-                "as unlabelled ones: --unlabelled"
+                f"image {image} has no mask {expected}; add it, remove the image, or take such "
+                "images as unlabelled ones: --unlabelled"
             )
         pictures.append(Picture(_key(relative), str(image), mask and str(mask)))
     check_once(pictures, recipe.images)

@@ -5,6 +5,7 @@ All of it comes from the indexes of the shards; no image is read.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -151,10 +152,14 @@ def _untaught_classes(
     trained = np.concatenate([kept_ids(source, space) for source in config.active_sources])
     untaught = scored[counts[scored] == 0]
     if len(untaught):
+        uids = [*config.validation.exclude] if config.validation else []
+        uids += [space.vocabulary.uids[class_id] for class_id in untaught[:MAX_NAMED]]
         yield (
             f"{len(untaught)} of the {len(scored)} scored classes have neither a label nor a mask "
             f"in any source, so nothing teaches them: {_names(untaught, space)}. Add images that "
-            "are labelled with them, or take them out of the score with --validation.exclude"
+            "are labelled with them, or take them out of the score (where "
+            "the flags have their stage's name, that comes first): --validation.exclude "
+            f"{shlex.join(uids)}{' ...' if len(untaught) > MAX_NAMED else ''}"
         )
     others = np.setdiff1d(trained[(trained != IGNORE) & (counts[trained] == 0)], scored)
     if len(others):

@@ -70,6 +70,7 @@ def test_the_overview_says_what_the_sources_are(config):
 def test_classes_that_nothing_teaches_are_named(config):
     (warning,) = [text for text in look(config).warnings if "neither" in text]
     assert "1 of the 4 scored classes have" in warning and ": tree. " in warning
+    assert warning.endswith(" --validation.exclude u:tree")
     exclude = dataclasses.replace(config.validation, exclude=("u:tree",), novel=("u:bag",))
     (warning,) = [
         text
