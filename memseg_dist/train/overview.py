@@ -195,7 +195,7 @@ def _unnamed_classes(
             f"no source with image labels ({', '.join(with_labels)}) names "
             + ", ".join(
                 f"{category.name!r}, which has {shares[class_id]:.0%} of the masks' pixels"
-                + _namesake(class_id, np.flatnonzero(is_named), space)
+                + _namesake(int(class_id), np.flatnonzero(is_named), space)
                 for class_id, category in zip(unnamed, categories, strict=True)
             )
             + ". The method takes what labels leave out for a part of what they name, so a class "
