@@ -147,7 +147,7 @@ def test_predict_names_flag_and_value(run, pictures, tmp_path):
     assert "cannot write to" in message
 
 
-VIEWS = ("--scales", 0.5, 1.5, "--flip", True, "--swap", "n0", "n1", "--average", "probabilities")
+VIEWS = ("--scales", 0.5, 1.5, "--flip", True, "--swap", "n0", "green", "--average", "probabilities")
 
 
 def test_flags_of_multi_scale_testing(run, pictures, tmp_path, monkeypatch):
