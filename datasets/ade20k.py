@@ -26,7 +26,16 @@ import numpy as np
 
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.tools.build import BuildReport, Options, build_pictures, command_line
-from memseg_dist.tools.recipe import Mask, Picture, list_images, map_values, read_pixels
+from memseg_dist.tools.recipe import (
+    Mask,
+    Picture,
+    Skipped,
+    list_images,
+    map_values,
+    passed_over,
+    read_pixels,
+    unused_masks,
+)
 
 VOCABULARIES = Path(__file__).parent / "vocabularies"
 FOLDERS = {"train": "training", "val": "validation"}
@@ -56,21 +65,25 @@ def build(recipe: Ade20k) -> list[BuildReport]:
         read_mask = functools.partial(
             read_full_mask, object_ids=object_ids(), spellings=spellings(vocabulary)
         )
-    return [
-        build_pictures(
-            recipe.options.out / name,
-            vocabulary,
-            list_split(recipe.root, name),
-            recipe.options,
-            read_mask=read_mask,
-            labels_only=recipe.labels_only,
+    reports = []
+    for name in recipe.splits:
+        pictures, left_out = list_split(recipe.root, name)
+        reports.append(
+            build_pictures(
+                recipe.options.out / name,
+                vocabulary,
+                pictures,
+                recipe.options,
+                read_mask=read_mask,
+                labels_only=recipe.labels_only,
+                left_out=left_out,
+            )
         )
-        for name in recipe.splits
-    ]
+    return reports
 
 
-def list_challenge(root: Path, name: str) -> list[Picture]:
-    """The 150-class release; ValueError naming an image without annotation."""
+def list_challenge(root: Path, name: str) -> tuple[list[Picture], list[Skipped]]:
+    """The 150-class release, and what is left out; ValueError naming an image without a mask."""
     images = root / "images" / FOLDERS[name]
     masks = root / "annotations" / FOLDERS[name]
     pictures = []
@@ -79,11 +92,12 @@ def list_challenge(root: Path, name: str) -> list[Picture]:
         if not mask.exists():
             raise ValueError(f"image {image} has no annotation {mask}")
         pictures.append(Picture(image.stem, str(image), str(mask)))
-    return pictures
+    unused = unused_masks(masks.glob("*.png"), pictures)
+    return pictures, [*passed_over(images, (".jpg",)), *unused]
 
 
-def list_full(root: Path, name: str) -> list[Picture]:
-    """The full release; ValueError naming an image without its _seg.png."""
+def list_full(root: Path, name: str) -> tuple[list[Picture], list[Skipped]]:
+    """The full release, and what is left out; ValueError naming an image without its _seg.png."""
     folder = root / "images" / "ADE" / FOLDERS[name]
     pictures = []
     for image in list_images(folder, (".jpg",)):
@@ -91,7 +105,8 @@ def list_full(root: Path, name: str) -> list[Picture]:
         if not mask.exists():
             raise ValueError(f"image {image} has no segmentation {mask}")
         pictures.append(Picture(image.stem, str(image), str(mask)))
-    return pictures
+    unused = unused_masks(folder.rglob("*_seg.png"), pictures)
+    return pictures, [*passed_over(folder, (".jpg", ".png", ".json")), *unused]
 
 
 def object_ids() -> tuple[int, ...]:

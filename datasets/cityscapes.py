@@ -37,6 +37,7 @@ from memseg_dist.tools.recipe import (
     counted,
     list_images,
     map_values,
+    passed_over,
     read_pixels,
 )
 
@@ -44,6 +45,7 @@ VOCABULARY = Path(__file__).parent / "vocabularies" / "cityscapes_19.json"
 COUNTS = {"train": 2_975, "val": 500, "trainval": 3_475, "test": 1_525}
 """Images of the full data set."""
 IMAGE, TRAIN_IDS, IDS = "_leftImg8bit", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
+IMAGE_ENDS = (f"{IMAGE.lower()}.png",)
 UNKNOWN = 255
 
 _SCORED_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -78,6 +80,8 @@ def build(recipe: Cityscapes) -> list[BuildReport]:
     for name in recipe.splits:
         folders = ("train", "val") if name == "trainval" else (name,)
         pictures = [picture for folder in folders for picture in list_folder(recipe.root, folder)]
+        images = [recipe.root / "leftImg8bit" / folder for folder in folders]
+        left_out = [item for folder in images for item in passed_over(folder, IMAGE_ENDS)]
         print(f"{name}: {counted(len(pictures), COUNTS[name])}")
         reports.append(
             build_pictures(
@@ -87,6 +91,7 @@ def build(recipe: Cityscapes) -> list[BuildReport]:
                 recipe.options,
                 read_mask=read_half_mask if recipe.half else read_mask,
                 read_image=read_half_image if recipe.half else None,
+                left_out=left_out,
             )
         )
     return reports
@@ -99,7 +104,7 @@ def list_folder(root: Path, name: str) -> list[Picture]:
     """
     images = root / "leftImg8bit" / name
     pictures = []
-    for image in list_images(images, (f"{IMAGE.lower()}.png",)):
+    for image in list_images(images, IMAGE_ENDS):
         key = image.stem.removesuffix(IMAGE)
         mask = None
         if name != "test":

@@ -34,6 +34,7 @@ from memseg_dist.tools.recipe import (
     counted,
     list_images,
     map_values,
+    passed_over,
     read_matlab,
     read_names,
     read_pixels,
@@ -83,6 +84,9 @@ def build(recipe: CocoStuff) -> list[BuildReport]:
     reports = []
     for name in recipe.splits:
         pictures = (list_split if recipe.release == "164k" else list_10k)(recipe.root, name)
+        left_out = []
+        if recipe.release == "164k":
+            left_out = passed_over(split_folders(recipe.root, name)[0], (".jpg",))
         encoding = recipe.encoding
         if encoding == "auto":
             masks = [picture.mask for picture in pictures if picture.mask]
@@ -98,16 +102,22 @@ def build(recipe: CocoStuff) -> list[BuildReport]:
                 recipe.options,
                 read_mask=read_mask,
                 labels_only=recipe.labels_only,
+                left_out=left_out,
             )
         )
     return reports
 
 
+def split_folders(root: Path, name: str) -> tuple[Path, Path]:
+    """Where the 164k's images and its label maps are."""
+    if not (root / "images" / f"{name}2017").is_dir() and (root / f"{name}_img").is_dir():
+        return root / f"{name}_img", root / f"{name}_label"
+    return root / "images" / f"{name}2017", root / "annotations" / f"{name}2017"
+
+
 def list_split(root: Path, name: str) -> list[Picture]:
     """The 164k's images with their label maps; ValueError naming an image without one."""
-    images, masks = root / "images" / f"{name}2017", root / "annotations" / f"{name}2017"
-    if not images.is_dir() and (root / f"{name}_img").is_dir():
-        images, masks = root / f"{name}_img", root / f"{name}_label"
+    images, masks = split_folders(root, name)
     if not images.is_dir():
         raise ValueError(f"no folder {images}; give the folder that holds images/")
     if not masks.is_dir():

@@ -43,10 +43,12 @@ from memseg_dist.tools.recipe import (
     map_values,
     passed_over,
     read_pixels,
+    unused_masks,
 )
 from memseg_dist.tools.shards import escape_key
 
 NO_UID = "?"
+MASK_SUFFIXES = (".png",)
 
 
 @dataclass(frozen=True)
@@ -158,20 +160,24 @@ def build_masks(recipe: Masks) -> BuildReport:
     vocabulary = read_classes(recipe.classes, recipe.uids)
     pictures = []
     left_out = passed_over(recipe.images)
+    masks = {
+        path.relative_to(recipe.masks).with_suffix(""): path
+        for path in list_images(recipe.masks, MASK_SUFFIXES)
+    }
     for image in list_images(recipe.images):
         relative = image.relative_to(recipe.images)
-        mask = (recipe.masks / relative).with_suffix(".png")
-        if not (mask.exists() or recipe.unlabelled):
+        mask = masks.get(relative.with_suffix(""))
+        if mask is None and not recipe.unlabelled:
+            expected = (recipe.masks / relative).with_suffix(".png")
             raise ValueError(
-                f"image {image} has no mask {mask}; add it, remove the image, or take such images "
-                "as unlabelled ones: --unlabelled"
+                f"image {image} has no mask {expected}; add it, remove the image, or take such "
+                "images as unlabelled ones: --unlabelled"
             )
-        pictures.append(Picture(_key(relative), str(image), str(mask) if mask.exists() else None))
+        pictures.append(Picture(_key(relative), str(image), mask and str(mask)))
     check_once(pictures, recipe.images)
     if recipe.masks.resolve() != recipe.images.resolve():
-        used = {picture.mask for picture in pictures}
-        unused = [path for path in sorted(recipe.masks.rglob("*.png")) if str(path) not in used]
-        left_out += [Skipped(str(path), "a mask without an image") for path in unused]
+        left_out += unused_masks(masks.values(), pictures)
+        left_out += passed_over(recipe.masks, MASK_SUFFIXES)
     table, other = read_values(recipe, vocabulary)
     return build_pictures(
         recipe.options.out,
@@ -205,7 +211,8 @@ def build_classes(recipe: Classes) -> BuildReport:
     if loose:
         raise ValueError(f"image {loose[0]} is in no class folder; move it into {recipe.root}/NAME")
     names = sorted({relative.parts[0] for _, relative in images})
-    folders = sorted(path.name for path in recipe.root.iterdir() if path.is_dir())
+    folders = sorted(path.name for path in recipe.root.iterdir()
+                     if path.is_dir() and not path.name.startswith("."))  # fmt: skip
     left_out = passed_over(recipe.root)
     left_out += [Skipped(name, "a class folder without an image")
                  for name in folders if name not in names]  # fmt: skip

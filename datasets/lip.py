@@ -35,6 +35,7 @@ from memseg_dist.tools.recipe import (
     counted,
     list_images,
     map_values,
+    passed_over,
     read_names,
     read_pixels,
 )
@@ -88,7 +89,14 @@ def build(recipe: Lip) -> list[BuildReport]:
         pictures = list_split(recipe.root, name)
         print(f"{name}: {counted(len(pictures), COUNTS[recipe.dataset][name])}")
         out = recipe.options.out / name
-        reports.append(build_pictures(out, vocabulary, pictures, recipe.options, read_mask=read))
+        left_out = []
+        if recipe.dataset == "cihp":
+            left_out = passed_over(cihp_folder(recipe.root, name) / "Images", (".jpg",))
+        reports.append(
+            build_pictures(
+                out, vocabulary, pictures, recipe.options, read_mask=read, left_out=left_out
+            )
+        )
     return reports
 
 
@@ -110,9 +118,13 @@ def _unpacked(root: Path, archive: str, item: str) -> Path:
     return next((place for place in places if place.exists()), places[0])
 
 
+def cihp_folder(root: Path, name: Split) -> Path:
+    return _unpacked(root, "instance-level_human_parsing", CIHP_FOLDERS[name])
+
+
 def list_cihp(root: Path, name: Split) -> list[Picture]:
     """All images of a folder; ValueError naming what is not there."""
-    folder = _unpacked(root, "instance-level_human_parsing", CIHP_FOLDERS[name])
+    folder = cihp_folder(root, name)
     stems = [image.stem for image in list_images(folder / "Images", (".jpg",))]
     return _pictures(folder / "Images", folder / "Category_ids", stems)
 

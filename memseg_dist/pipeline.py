@@ -19,6 +19,7 @@ run from its newest checkpoint, pseudo labels shard by shard; an export is made 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,12 @@ def main(
         selected = options.select([*described])
         if options.smoke:
             miniature.draw(described, vocabularies(options))
-        is_done = run_stages(described, selected, may_be_unknown=options.smoke)
+        is_done = run_stages(
+            described,
+            selected,
+            may_be_unknown=options.smoke,
+            is_alone=has_bare_flags(options, described),
+        )
     except (ValueError, RunFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -136,10 +142,15 @@ def parse(
     arguments: Sequence[str] | None = None,
 ) -> tuple[Options, dict[str, Stage]]:
     """The options, and the stages that follow from them as their own flags change them."""
-    options, _ = tyro.cli(
+    options, rest = tyro.cli(
         kind, args=arguments, config=MARKERS, return_unknown_args=True, add_help=False
     )
-    described = stages(options)
+    try:
+        described = stages(options)
+    except ValueError:  # shards that are not written yet must not keep the help away
+        if not {"-h", "--help"} & {*rest}:
+            raise
+        described = stages(kind(smoke=True))
     if options.smoke:
         described = miniature.shrunk(described)
     command = command_of(options, described)
@@ -152,12 +163,23 @@ def command_of(options: JobOptions, stages: Mapping[str, Stage]) -> type:
     bare = tyro.conf.arg(name="")
     kind: Any = type(options)
     fields: list[tuple[str, Any, Any]] = [("options", Annotated[kind, bare], options)]
-    # the flags of a pipeline's options would be those of its only run
-    is_alone = len(stages) == 1 and not isinstance(options, PipelineOptions)
+    is_alone = has_bare_flags(options, stages)
     for name, stage in stages.items():
         stage_kind: Any = type(stage)
         fields.append((name, Annotated[stage_kind, bare] if is_alone else stage_kind, stage))
     return make_dataclass("command", fields)
+
+
+def has_bare_flags(options: JobOptions, stages: Mapping[str, Stage]) -> bool:
+    """Whether the flags of the only stage do without its name."""
+    # the flags of a pipeline's options would be those of its only run
+    return len(stages) == 1 and not isinstance(options, PipelineOptions)
+
+
+def named_flags(text: str, name: str, is_alone: bool) -> str:
+    """An error of the stage `name`, whose flags begin with its name unless it is alone."""
+    prefix = "" if is_alone else f"{name}."
+    return re.sub(r"--(?=(sources|validation|backbone|method)\.)", f"--{prefix}", text)
 
 
 def run_stages(
@@ -165,11 +187,12 @@ def run_stages(
     selected: Sequence[str] | None = None,
     *,
     may_be_unknown: bool = False,
+    is_alone: bool = False,
 ) -> bool:
     """Run the stages, or those that are selected of them; False if one of them was stopped.
 
     What can fail early fails before the first one: ValueError. may_be_unknown: go on with pseudo
-    labels that say nothing.
+    labels that say nothing. is_alone: see `has_bare_flags`.
     """
     names = [*stages] if selected is None else selected
     read = {name: read_by(stages[name]) for name in names}
@@ -186,7 +209,11 @@ def run_stages(
         if len(stages) > 1:
             print(f"stage {number} of {len(names)}: {name}", flush=True)
         if isinstance(stage, RunConfig):
-            status = launch(stage)["status"]
+            try:
+                status = launch(stage)["status"]
+            except (ValueError, RunFailed) as error:
+                kind = RunFailed if isinstance(error, RunFailed) else ValueError
+                raise kind(named_flags(str(error), name, is_alone)) from error
             # a signal may come after the last step, too late for the run
             if status != "finished" or (stop_was_asked() and number < len(names)):
                 return False

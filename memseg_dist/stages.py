@@ -45,7 +45,8 @@ class LabelConfig:
     labeller: LabellerConfig = field(default_factory=ActivationLabeller)
     """Any function from model and image to a mask with unknown pixels."""
     truth: str | None = None
-    """Shards with masks of some of the same images: score the labels against them at the end."""
+    """Shards with masks of some of the same images: score the labels against them at the end.
+    Classes are told apart by uid, and by name where the uids differ."""
     workers: int | None = None
     """Parallel tasks on this machine; 0 = in this process, without Ray; default: this process for
     a labeller that runs the network if it has a GPU, else the running Ray cluster or all cores."""

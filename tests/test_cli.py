@@ -108,7 +108,7 @@ def test_predict_takes_folders_and_patterns_and_skips_a_bad_picture(run, tmp_pat
     common = ["--checkpoint", run[1], "--out"]
     message = fails("predict", tmp_path / "in", *common, tmp_path / "out", "--batch", 3)
     assert "bad.jpg is not a JPEG" in message and "one.jpg" not in message
-    assert "1 files left out: .bmp: none of" in capsys.readouterr().err
+    assert "1 files left out: d.bmp (.bmp: none of" in capsys.readouterr().err
     names = ["a/one", "a/two", "b/one", "c"]
     written = sorted((tmp_path / "out").rglob("*.json"))
     assert [str(path.relative_to(tmp_path / "out"))[:-5] for path in written] == names
@@ -147,7 +147,18 @@ def test_predict_names_flag_and_value(run, pictures, tmp_path):
     assert "cannot write to" in message
 
 
-VIEWS = ("--scales", 0.5, 1.5, "--flip", True, "--swap", "n0", "n1", "--average", "probabilities")
+VIEWS = (
+    "--scales",
+    0.5,
+    1.5,
+    "--flip",
+    True,
+    "--swap",
+    "n0",
+    "green",
+    "--average",
+    "probabilities",
+)
 
 
 def test_flags_of_multi_scale_testing(run, pictures, tmp_path, monkeypatch):
@@ -175,7 +186,7 @@ def test_flags_of_multi_scale_testing(run, pictures, tmp_path, monkeypatch):
         (("--scales", 0), "--scales is (0.0,); it must be one or more finite numbers above 0"),
         (("--scales", 1, "nan"), "--scales is (1.0, nan)"),
         (("--swap", "n0", "n0"), "--swap is"),
-        (("--swap", "n0", "n77"), "--swap: vocabulary of the label space: no class has uid 'n77'"),
+        (("--swap", "n0", "n77"), "--swap: 'n77' is no uid, name or synonym"),
     ):
         assert message in fails("predict", pictures / "one.jpg", *common, *flags)
 

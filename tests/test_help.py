@@ -15,7 +15,7 @@ import pytest
 import tyro
 
 from memseg_dist.cli.main import COMMANDS, command_function
-from memseg_dist.pipeline import MARKERS, command_of
+from memseg_dist.pipeline import MARKERS, command_of, main
 from memseg_dist.stages import LABELLERS
 from memseg_dist.tools.miniature import shrunk
 
@@ -52,8 +52,24 @@ def test_every_flag_of_a_job_has_help(monkeypatch, name):
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
     module = importlib.import_module(name)
     options = module.Options(smoke=True)
-    command = command_of(options, shrunk(module.stages(options)))
-    assert not without_help(command, config=MARKERS)
+    stages = module.stages(options)
+    assert not without_help(command_of(options, shrunk(stages)), config=MARKERS)
+    assert not without_help(command_of(options, stages), config=MARKERS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [*((name,) for name in JOBS), ("larvseg_folder", "--novel", "zebra"), ("rca_voc", "--eps")],
+)
+def test_help_needs_no_data(monkeypatch, tmp_path, capsys, arguments):
+    name, *flags = arguments
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as caught:
+        main(module.Options, module.stages, module.vocabularies, None, [*flags, "--help"])
+    assert caught.value.code == 0
+    assert "steps INT" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -27,7 +27,7 @@ from memseg_dist.methods.rca.fusion import FusionConfig
 from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.methods.segment import SegmentConfig
 from memseg_dist.nn.backbone import BackboneConfig, build_backbone
-from memseg_dist.pipeline import JobOptions, main, parse, run_stages
+from memseg_dist.pipeline import JobOptions, main, named_flags, parse, run_stages
 from memseg_dist.platforms import process
 from memseg_dist.stages import ExportConfig, LabelConfig, read_by, resolved, result
 from memseg_dist.tools.export import export_backbone
@@ -447,3 +447,10 @@ def test_a_damaged_checkpoint_is_not_exported(folder):
     with pytest.raises(ValueError, match=rf"{weights} is damaged"):
         export_backbone(ExportConfig(run.directory, "out.safetensors"))
     assert not list(Path().glob("*out*"))
+
+
+def test_the_flags_in_an_error_are_those_of_the_stage():
+    text = "exclude them, --sources.0.exclude and --validation.exclude"
+    assert named_flags(text, "train", True) == text
+    named = "exclude them, --train.sources.0.exclude and --train.validation.exclude"
+    assert named_flags(text, "train", False) == named

@@ -47,7 +47,8 @@ class InferenceOptions:
     flip: bool | None = None
     """Look at the mirror image of each size as well."""
     swap: tuple[tuple[str, str], ...] | None = None
-    """Pairs of class uids that a mirror turns into each other: left-arm right-arm left-leg ..."""
+    """Pairs of classes, by name or uid, that a mirror turns into each other: left-arm right-arm
+    left-leg ..."""
     average: Average | None = None
     """What is averaged over the scales and mirror images."""
     crf: bool = False
@@ -67,7 +68,8 @@ class InferenceOptions:
         swap = usual.swap
         if self.swap is not None:
             check_pairs(self.swap, "--swap")
-            swap = vocabulary.index_pairs(self.swap, "--swap")
+            ids = [[_find(vocabulary, [text], "--swap")[0] for text in pair] for pair in self.swap]
+            swap = tuple((one, other) for one, other in ids)
         mode, resize = self.mode or usual.mode, self.resize or usual.resize
         window = usual.window if self.window is None else self.window
         stride = usual.stride if self.stride is None else self.stride
@@ -107,7 +109,11 @@ def chosen_classes(vocabulary: Vocabulary, wanted: str | None, flag: str) -> Seq
     """The ids of a comma-separated list of classes, or all of them. ValueError names the flag."""
     if wanted is None:
         return range(len(vocabulary))
+    return _find(vocabulary, wanted.split(","), flag)
+
+
+def _find(vocabulary: Vocabulary, wanted: Sequence[str], flag: str) -> list[int]:
     try:
-        return find_classes(vocabulary, wanted.split(","))
+        return find_classes(vocabulary, wanted)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from error

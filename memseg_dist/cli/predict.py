@@ -20,6 +20,9 @@ from memseg_dist.tools.predict import (
     write_prediction,
 )
 
+SHOWN = 3
+"""Files that were left out: so many are named."""
+
 
 def predict(
     images: Positional[tuple[str, ...]],
@@ -72,8 +75,9 @@ def predict(
             text = f"{report['image']}: {shown}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     if other:
-        kinds = ", ".join(sorted({item.reason for item in other}))
-        console.print(f"{len(other)} files left out: {kinds}", markup=False, highlight=False)
+        some = ", ".join(f"{item.key} ({item.reason})" for item in other[:SHOWN])
+        text = f"{len(other)} files left out: {some}{', ...' if len(other) > SHOWN else ''}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if len(unreadable) < len(paths):
         where = f"label maps, overlays and JSON are in {out}"
         console.print(where, markup=False, highlight=False, soft_wrap=True)

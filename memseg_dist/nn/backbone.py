@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -31,6 +31,7 @@ from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.hrnet import HighResolutionNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
+from tyro.constructors import PrimitiveConstructorSpec
 
 from memseg_dist.checks import require
 from memseg_dist.nn.batchnorm import record_batchnorm
@@ -43,6 +44,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 OWN_NETS: dict[str, type[nn.Module]] = {"vgg16": Vgg16, "resnet38": ResNet38}
 _FEATURE_OPTIONS = ("feature_location",)
 """What timm's feature extractors take and its whole nets do not: see `BackboneConfig.options`."""
+
+
+def _mapping(words: list[str]) -> dict[str, str]:
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+_PAIRS = PrimitiveConstructorSpec[Mapping[str, str]](
+    nargs="*",
+    metavar="[KEY VALUE [KEY VALUE ...]]",
+    instance_from_str=_mapping,
+    is_instance=lambda value: isinstance(value, Mapping),
+    str_from_instance=lambda pairs: [word for pair in pairs.items() for word in pair],
+)
+"""One flag for all pairs: a mapping that is not empty would be a flag per key, without help."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,7 @@ class BackboneConfig:
     """Subtracted from red, green and blue, of 0 to 1; what the weights were trained with."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Red, green and blue are divided by this after that."""
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Annotated[Mapping[str, str], _PAIRS] = field(default_factory=dict)
     """Further keyword arguments of the model, values as JSON, e.g. {"embed_dim": "192"}; of
     resnet38 {"frozen": "true"}, of vgg16 and resnet38 {"width": "0.25"}; of an HRNet
     {"feature_location": '""'} for its branches as they are. None that reads a file."""

@@ -199,31 +199,43 @@ def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) ->
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"no folder {root}; check the path")
-    found = [
-        Path(path) / name
-        for path, _, names in os.walk(root)
-        for name in names
-        if name.lower().endswith(tuple(suffixes))
-    ]
+    found = [path for path in _files(root) if _why_not(path, root, suffixes) is None]
     if not found:
         raise ValueError(f"no images ({', '.join(suffixes)}) below {root}; check the path")
     return sorted(found)
 
 
-def passed_over(folder: Path) -> list[Skipped]:
-    """The files below `folder` that `list_images` takes for no images, but hidden ones."""
-    return [
-        no_image(path.relative_to(folder))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not path.name.lower().endswith(IMAGE_SUFFIXES)
-        and not path.name.startswith(".")
-    ]
+def passed_over(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Skipped]:
+    """The files below `folder` that `list_images` leaves out, but hidden ones of other kinds."""
+    reasons = {path: _why_not(path, folder, suffixes) for path in sorted(_files(folder))}
+    return [Skipped(str(path.relative_to(folder)), why) for path, why in reasons.items() if why]
 
 
-def no_image(name: Path) -> Skipped:
+def unused_masks(masks: Iterable[Path], pictures: Iterable[Picture]) -> list[Skipped]:
+    """Those of the masks that no picture has."""
+    used = {picture.mask for picture in pictures}
+    unused = sorted(path for path in masks if str(path) not in used)
+    return [Skipped(str(path), "a mask without an image") for path in unused]
+
+
+def _files(root: Path) -> Iterator[Path]:
+    return (Path(path) / name for path, _, names in os.walk(root) for name in names)
+
+
+def _why_not(path: Path, root: Path, suffixes: Sequence[str]) -> str | None:
+    """Why `list_images` leaves the file out, "" if nobody cares to know; None if it does not."""
+    name = path.relative_to(root)
+    is_hidden = any(part.startswith(".") for part in name.parts)
+    if not name.name.lower().endswith(tuple(suffixes)):
+        return "" if is_hidden else no_image(name, suffixes).reason
+    if is_hidden:
+        return "hidden"
+    return None if path.exists() else "a link to a file that is not there"
+
+
+def no_image(name: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Skipped:
     """What is said of a file that is no image by its name."""
-    return Skipped(str(name), f"{name.suffix or name.name}: none of {', '.join(IMAGE_SUFFIXES)}")
+    return Skipped(str(name), f"{name.suffix or name.name}: none of {', '.join(suffixes)}")
 
 
 def cut_into_shards(

@@ -5,6 +5,7 @@ All of it comes from the indexes of the shards; no image is read.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from memseg_dist.config import RunConfig, ValidationConfig
 from memseg_dist.data.index import Index
 from memseg_dist.data.pseudo_masks import ids_by_uid
 from memseg_dist.data.source import Source, kept_ids, open_index
-from memseg_dist.data.vocabulary import LabelSpace
+from memseg_dist.data.vocabulary import LabelSpace, fold
 from memseg_dist.train.checkpoint import Checkpoint
 
 LARGE_SHARE = 0.1
@@ -150,10 +151,14 @@ def _untaught_classes(
     trained = np.concatenate([kept_ids(source, space) for source in config.active_sources])
     untaught = scored[~is_taught[scored]]
     if len(untaught):
+        uids = [*config.validation.exclude] if config.validation else []
+        uids += [space.vocabulary.uids[class_id] for class_id in untaught[:MAX_NAMED]]
         yield (
             f"{len(untaught)} of the {len(scored)} scored classes have neither a label nor a mask "
             f"in any source, so nothing teaches them: {_names(untaught, space)}. Add images that "
-            "are labelled with them, or take them out of the score with --validation.exclude"
+            "are labelled with them, or take them out of the score (where "
+            "the flags have their stage's name, that comes first): --validation.exclude "
+            f"{shlex.join(uids)}{' ...' if len(untaught) > MAX_NAMED else ''}"
         )
     others = np.setdiff1d(trained[(trained != IGNORE) & ~is_taught[trained]], scored)
     if len(others):
@@ -189,6 +194,7 @@ def _unnamed_classes(
             f"no source with image labels ({', '.join(with_labels)}) names "
             + ", ".join(
                 f"{category.name!r}, which has {shares[class_id]:.0%} of the masks' pixels"
+                + _namesake(int(class_id), np.flatnonzero(is_named), space)
                 for class_id, category in zip(unnamed, categories, strict=True)
             )
             + ". The method takes what labels leave out for a part of what they name, so a class "
@@ -196,6 +202,18 @@ def _unnamed_classes(
             "images that show it, or exclude it from the sources with masks and from the score "
             f"(--sources.N.exclude {categories[0].uid} --validation.exclude {categories[0].uid})"
         )
+
+
+def _namesake(class_id: int, others: NDArray[np.integer], space: LabelSpace) -> str:
+    """What is said of a class whose name one of `others` has too."""
+    uids, names = space.vocabulary.uids, [fold(name) for name in space.vocabulary.names]
+    same = [uids[other] for other in others if names[other] == names[class_id]]
+    if not same:
+        return ""
+    return (
+        f" (its uid is {uids[class_id]!r}; they name {same[0]!r}, another class of this name: give "
+        "both one uid if they are one)"
+    )
 
 
 def _names(ids: Sequence[int] | NDArray[np.integer], space: LabelSpace) -> str:

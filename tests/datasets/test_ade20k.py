@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,28 @@ def test_150_classes(ade, challenge, options, read_back):
     _, labels, mask = read_back(options().out / "train")["ADE_train_00000001"]
     assert labels == [1, 149]
     assert (mask[0, 0], mask[5, 0], mask[9, 0]) == (65535, 149, 1)
+
+
+def test_what_is_left_out_is_named(ade, challenge, full, options):
+    images, masks = challenge / "images/training", challenge / "annotations/training"
+    for name in ("x.bmp", "y.png", "z.jpeg"):
+        (images / name).touch()
+    (masks / "z.png").touch()
+    (report,) = ade.build(ade.Ade20k(challenge, options(), splits=("train",)))
+    assert dict(report.skipped) == {
+        "x.bmp": ".bmp: none of .jpg",
+        "y.png": ".png: none of .jpg",
+        "z.jpeg": ".jpeg: none of .jpg",
+        str(masks / "z.png"): "a mask without an image",
+    }
+    root = full({WALL: "wall"})
+    other = root / "images/ADE/training/z"
+    for end in (".jpeg", "_seg.png"):
+        other.with_name(f"z{end}").touch()
+    assert [Path(item.key).name for item in ade.list_full(root, "train")[1]] == [
+        "z.jpeg",
+        "z_seg.png",
+    ]
 
 
 def test_150_classes_as_image_labels(ade, challenge, options, read_back):

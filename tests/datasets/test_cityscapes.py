@@ -67,6 +67,13 @@ def root(tmp_path, picture_files):
     return root
 
 
+def test_images_of_other_kinds_are_named(cityscapes, root, options):
+    other = root / "leftImg8bit/train/aachen/aachen_000001_000019_leftImg8bit.jpg"
+    other.touch()
+    (report,) = cityscapes.build(cityscapes.Cityscapes(root, options(), splits=("train",)))
+    assert dict(report.skipped) == {f"aachen/{other.name}": ".jpg: none of _leftimg8bit.png"}
+
+
 def test_the_splits(cityscapes, root, options, read_back, capsys):
     splits = ("train", "val", "trainval", "test")
     reports = cityscapes.build(cityscapes.Cityscapes(root, options(verify=True), splits))

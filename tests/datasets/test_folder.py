@@ -75,6 +75,16 @@ def test_images_without_masks_are_unlabelled_if_asked_for(folder, masks, options
     assert report.num_unlabelled == 1 and "1 images without a class" in str(report)
 
 
+def test_masks_of_other_endings_are_found_or_reported(folder, masks, options, read_back):
+    (masks / "masks/a.png").rename(masks / "masks/a.PNG")
+    (masks / "masks/deep/b.png").rename(masks / "masks/deep/b.bmp")
+    (masks / "images/c.jpg").symlink_to("nowhere")
+    report = folder.build(recipe_masks(folder, masks, options, unlabelled=True))
+    assert [read_back(options().out)[key][1] for key in ("a", "deep/b")] == [[0], []]
+    broken = "a link to a file that is not there"
+    assert dict(report.skipped) == {"c.jpg": broken, "deep/b.bmp": ".bmp: none of .png"}
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -196,6 +206,22 @@ def test_what_is_left_out_is_named_and_counted(folder, tmp_path, options, pictur
         "1 x a class folder without an image (such as cow)",
     ):
         assert line in printed  # fmt: skip
+
+
+def test_hidden_files_and_broken_links_are_left_out(folder, tmp_path, options, picture_files):
+    root = tmp_path / "in"
+    for name in ("dog/1", "dog/.hidden", "dog/.thumb/1", ".ipynb_checkpoints/1"):
+        picture_files[0](root / f"{name}.jpg")
+    (root / "dog/2.jpg").symlink_to("nowhere")
+    (root / "dog/.DS_Store").touch()
+    report = folder.build(folder.Classes(root, options()))
+    assert report.images_of == (("dog", 1),)
+    assert dict(report.skipped) == {
+        "dog/.hidden.jpg": "hidden",
+        "dog/.thumb/1.jpg": "hidden",
+        ".ipynb_checkpoints/1.jpg": "hidden",
+        "dog/2.jpg": "a link to a file that is not there",
+    }
 
 
 def test_class_folders(folder, tmp_path, options, picture_files, read_back):

@@ -373,6 +373,9 @@ def test_what_is_refused(made, tmp_path):
     finish(other, Vocabulary((Category("zebra", "zebra"),)))
     with pytest.raises(ValueError, match=r"1 classes that the run does not know.*'zebra'"):
         label(config_of(made, tmp_path / "out", data=str(other)))
+    with pytest.raises(ValueError, match=r"truth .*other: . of the . classes"):
+        label(config_of(made, tmp_path / "unbegun", truth=str(other)))
+    assert not (tmp_path / "unbegun").exists()
     for changes, message in (
         ({"out": str(made / "data")}, "another folder than --data"),
         ({"truth": str(tmp_path / "out")}, "another folder than --truth"),

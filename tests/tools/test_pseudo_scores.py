@@ -12,12 +12,12 @@ from PIL import Image
 
 from memseg_dist.data.index import Index
 from memseg_dist.data.vocabulary import Category, Vocabulary
-from memseg_dist.tools.pseudo_labels.scores import score_pseudo_labels
+from memseg_dist.tools.pseudo_labels.scores import ids_in_truth, score_pseudo_labels
 from memseg_dist.tools.shards import Sample, finish, write_shard
 
 UNKNOWN = 65535
 BACKGROUND, CAT, DOG, COW = (Category(name, name) for name in ("background", "cat", "dog", "cow"))
-TRUTH = Vocabulary((DOG, BACKGROUND, CAT))
+TRUTH = Vocabulary((DOG, BACKGROUND, CAT, COW))
 PSEUDO = Vocabulary((BACKGROUND, CAT, COW))
 
 
@@ -37,7 +37,7 @@ def write(root, vocabulary, masks):
 
 @pytest.fixture
 def truth(tmp_path):
-    """dog 0, background 1, cat 2."""
+    """dog 0, background 1, cat 2; no cow is seen."""
     masks = {
         "a": [[1, 1, 2, 2], [1, 1, 2, UNKNOWN]],
         "b": [[0, 0, 1, 1], [0, 0, 1, UNKNOWN]],
@@ -65,16 +65,17 @@ def test_against_a_hand_computation(pseudo, truth, tmp_path):
     assert scores.share_unknown == pytest.approx(3 / 14)
     # Known truth: 4 dog, 7 background, 3 cat. Background: 6 hits, 1 taken for cat.
     # Cat: 2 hits, 1 unknown; predicted 4 times where the truth is known: 2 + 1 + 1 (on dog).
-    # Dog: 2 unknown, 1 taken for cat, 1 for cow.
-    assert iou(scores.excluded) == pytest.approx({"dog": 0, "background": 6 / 7, "cat": 2 / 4})
-    assert iou(scores.wrong) == pytest.approx({"dog": 0, "background": 6 / 7, "cat": 2 / 5})
-    assert scores.excluded.miou() == pytest.approx(100 * (6 / 7 + 2 / 4) / 3)
-    assert scores.wrong.miou() == pytest.approx(100 * (6 / 7 + 2 / 5) / 3)
+    # Dog: 2 unknown, 1 taken for cat, 1 for cow, of which there is none.
+    parts = {"dog": 0, "background": 6 / 7, "cow": 0}
+    assert iou(scores.excluded) == pytest.approx(parts | {"cat": 2 / 4})
+    assert iou(scores.wrong) == pytest.approx(parts | {"cat": 2 / 5})
+    assert scores.excluded.miou() == pytest.approx(100 * (6 / 7 + 2 / 4) / 4)
+    assert scores.wrong.miou() == pytest.approx(100 * (6 / 7 + 2 / 5) / 4)
     assert scores.excluded.pixel_accuracy == pytest.approx(8 / 11)
     assert scores.wrong.pixel_accuracy == pytest.approx(8 / 14)
-    assert "45.24 with unknown pixels excluded, 41.90 with them counted as wrong" in str(scores)
+    assert "33.93 with unknown pixels excluded, 31.43 with them counted as wrong" in str(scores)
     assert scores.metrics("x/")["x/miou_unknown_wrong"] == scores.wrong.miou()
-    assert scores.to_json()["unknown_excluded"]["groups"]["all"]["num_classes"] == 3
+    assert scores.to_json()["unknown_excluded"]["groups"]["all"]["num_classes"] == 4
 
 
 def test_only_what_is_scored_is_read_row_by_row(truth, tmp_path, monkeypatch):
@@ -97,12 +98,24 @@ def test_the_truth_scores_100(truth, tmp_path):
     assert scores.share_unknown == 0 and scores.num_images == 3 and scores.num_without_truth == 1
 
 
-def test_the_background_is_found_by_its_name(pseudo, truth, tmp_path):
-    """Class lists used to give it the uid "name:background"."""
-    named = replace(BACKGROUND, uid="name:background", name="Background")
-    Vocabulary((DOG, named, CAT)).save(truth / "vocabulary.json")
+@pytest.mark.parametrize("uid", ["name:background", "bg"])
+def test_a_class_of_another_uid_is_found_by_its_name(pseudo, truth, tmp_path, uid):
+    """Class lists used to give the background the uid "name:background"."""
+    named = (replace(BACKGROUND, uid=uid, name="Background"), replace(CAT, uid="n02121808"))
+    Vocabulary((DOG, *named, COW)).save(truth / "vocabulary.json")
     scores = score_pseudo_labels(pseudo, truth, cache_dir=tmp_path / "cache", show_progress=False)
-    assert iou(scores.excluded) == pytest.approx({"dog": 0, "Background": 6 / 7, "cat": 2 / 4})
+    found = {"dog": 0, "Background": 6 / 7, "cat": 2 / 4, "cow": 0}
+    assert iou(scores.excluded) == pytest.approx(found)
+
+
+def test_a_name_of_several_classes_says_nothing():
+    crane, bird = Category("n1", "crane"), Category("n2", "crane")
+    machine = Category("name:crane", "crane")
+    for written, truth in (([machine], [crane, bird]), ([crane, bird], [machine])):
+        with pytest.raises(ValueError, match=r"truth here: . of the . classes .* \(crane"):
+            ids_in_truth(Vocabulary(tuple(written)), Vocabulary(tuple(truth)), "here")
+    by_uid = ids_in_truth(Vocabulary((bird, machine)), Vocabulary((machine, bird)), "here")
+    assert by_uid.tolist() == [1, 0]
 
 
 def test_all_unknown_is_nothing_or_all_wrong(truth, tmp_path):
@@ -116,8 +129,9 @@ def test_what_cannot_be_compared(truth, tmp_path):
     other = write(tmp_path / "other", PSEUDO, {"z": [[0]], "y": [[1]]})
     with pytest.raises(ValueError, match=r"no image in common: keys such as 'z' and 'a'"):
         score_pseudo_labels(other, truth, show_progress=False)
-    strange = write(tmp_path / "strange", Vocabulary((COW,)), {"a": np.zeros((2, 4))})
-    with pytest.raises(ValueError, match=r"no class in common: uids such as \('cow',\)"):
+    strange = Vocabulary((CAT, Category("n1", "ox")))
+    strange = write(tmp_path / "strange", strange, {"a": np.zeros((2, 4))})
+    with pytest.raises(ValueError, match=r"truth: 1 of the 2 classes .* such as \['n1'\] \(ox\)"):
         score_pseudo_labels(strange, truth, show_progress=False)
     small = write(tmp_path / "small", PSEUDO, {"a": [[0]]})
     with pytest.raises(ValueError, match=r"image 'a': the pseudo label has \(1, 1\) pixels"):

@@ -70,6 +70,7 @@ def test_the_overview_says_what_the_sources_are(config):
 def test_classes_that_nothing_teaches_are_named(config):
     (warning,) = [text for text in look(config).warnings if "neither" in text]
     assert "1 of the 4 scored classes have" in warning and ": tree. " in warning
+    assert warning.endswith(" --validation.exclude u:tree")
     exclude = dataclasses.replace(config.validation, exclude=("u:tree",), novel=("u:bag",))
     (warning,) = [
         text
@@ -97,6 +98,14 @@ def test_a_background_that_no_label_names_is_warned_of(config):
     assert "'background', which has 60% of" in warnings(split=split)[0]
     other = dataclasses.replace(config, method=SegmentConfig())  # does not read labels that way
     assert not any("pixels" in text for text in look(other).warnings)
+
+
+def test_a_background_of_two_uids_is_told_from_one_that_no_label_names(config, tmp_path):
+    other = [Category("bg", "Background"), *(Category(f"u:{name}", name) for name in NAMES[1:])]
+    write(tmp_path / "weak", {"c": ((CAT,), None), "d": ((BACKGROUND, CAT), None)})
+    Vocabulary(tuple(other)).save(tmp_path / "weak" / "vocabulary.json")
+    (warning,) = [text for text in look(config).warnings if "pixels" in text]
+    assert "its uid is 'u:background'; they name 'bg', another class of this name" in warning
 
 
 def test_a_fingerprint_follows_the_data_and_not_the_place(tmp_path):

@@ -54,7 +54,7 @@ class FusionConfig:
     zero_below: float = 0.0
     """Class scores below this are set to 0 first."""
     use_crf: bool = True
-    """Replace the scores by the marginals of a fully connected CRF."""
+    """Whether the marginals of a fully connected CRF replace the scores."""
     crf: CrfConfig = field(default_factory=CrfConfig)
     conflict: float | None = 0.9
     """Unknown: pixels where two scores or more are above this. None: no such rule."""

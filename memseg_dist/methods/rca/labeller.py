@@ -39,7 +39,7 @@ class ActivationLabeller(LabellerConfig):
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     """Of predicted maps: the sizes of the image, relative to its own."""
     flip: bool = True
-    """Of predicted maps: look at the mirrored image as well."""
+    """Of predicted maps: whether the mirrored image is looked at as well."""
     saliency: str | None = None
     """Folder or URL of saliency maps <key>.png (8-bit grey, 255 = salient)."""
     fusion: FusionConfig = field(default_factory=FusionConfig)

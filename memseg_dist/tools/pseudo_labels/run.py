@@ -18,7 +18,7 @@ from memseg_dist.tools.external import ensure_indexed
 from memseg_dist.tools.pseudo_labels.classes import choose_classes
 from memseg_dist.tools.pseudo_labels.model import CheckpointModel
 from memseg_dist.tools.pseudo_labels.report import LabelReport, read_report
-from memseg_dist.tools.pseudo_labels.scores import score_pseudo_labels
+from memseg_dist.tools.pseudo_labels.scores import ids_in_truth, score_pseudo_labels
 from memseg_dist.tools.pseudo_labels.task import LabelTask, draw_labels, label_samples
 from memseg_dist.train.load_model import chosen_device, find_checkpoint
 from memseg_dist.train.platform import Tracker, Trackers
@@ -50,6 +50,8 @@ def label(config: LabelConfig, tracker: Tracker | None = None) -> LabelReport:
         workers = 0  # a Ray task has no GPU; this process has one
     num_images = min(len(index), config.max_images or len(index))
     classes = choose_classes(index, model, labeller, num_images)
+    if config.truth:  # asked before the hours that the labels take
+        ids_in_truth(classes.vocabulary, Index.open(config.truth).vocabulary, config.truth)
     content = encode([checkpoint.manifest, classes])
     digest = derive_seed("labels", json.dumps(content, sort_keys=True))
     starts, stops = index.shard_starts[:-1].tolist(), index.shard_starts[1:].tolist()

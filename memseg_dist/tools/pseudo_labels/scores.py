@@ -7,11 +7,13 @@ that class's union, of no intersection). Truth that is unknown is never counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -20,7 +22,7 @@ from memseg_dist.data.cache import DEFAULT_CACHE_BYTES, ShardCache
 from memseg_dist.data.files import default_cache
 from memseg_dist.data.index import Index
 from memseg_dist.data.reader import Reader
-from memseg_dist.data.vocabulary import Vocabulary, is_background
+from memseg_dist.data.vocabulary import BACKGROUND, Category, Vocabulary, fold, is_background
 from memseg_dist.evaluation.metrics import (
     EvaluatedClass,
     SegmentationMetrics,
@@ -77,25 +79,16 @@ def score_pseudo_labels(
     cache_dir: str | Path | None = None,
     show_progress: bool = True,
 ) -> PseudoScores:
-    """Compare the masks of two shard folders, joined by key and by class uid (that of the
-    background may be an older one).
+    """Compare the masks of two shard folders, joined by key and by class: see `ids_in_truth`.
 
-    Scored are the classes of the truth's vocabulary, the background among them; a label of any
-    other class is wrong wherever the truth is known. ValueError if no key or no class is in both,
-    or if the two masks of an image differ in size.
+    Scored are the classes of the truth's vocabulary, the background among them. ValueError if no
+    key is in both, if the truth lacks a class, or if the two masks of an image differ in size.
     """
     cache = Path(cache_dir or default_cache())
     pseudo, truth = Index.open(pseudo_path, cache), Index.open(truth_path, cache)
     vocabulary = truth.vocabulary
-    other = len(vocabulary)  # what is predicted where no scored class is
-    to_truth = np.array(
-        [_class_of(uid, vocabulary, other) for uid in pseudo.vocabulary.uids], np.int32
-    )
-    if (to_truth == other).all():
-        raise ValueError(
-            f"{pseudo_path} and {truth_path} have no class in common: uids such as "
-            f"{pseudo.vocabulary.uids[:3]} and {vocabulary.uids[:3]}; give them the same uids"
-        )
+    other = len(vocabulary)  # what is predicted where the label is unknown
+    to_truth = ids_in_truth(pseudo.vocabulary, vocabulary, str(truth_path))
     shards = ShardCache(cache / "shards", DEFAULT_CACHE_BYTES)
     predictions = Reader(pseudo, shards, to_truth)
     truths = Reader(truth, shards, np.arange(other, dtype=np.int32))
@@ -134,12 +127,30 @@ def score_pseudo_labels(
     )
 
 
-def _class_of(uid: str, vocabulary: Vocabulary, other: int) -> int:
-    """The id of the same class in `vocabulary`."""
-    if uid in vocabulary:
-        return vocabulary.index(uid)
-    backgrounds = [same for same in vocabulary.uids if is_background(same)]
-    return vocabulary.index(backgrounds[0]) if is_background(uid) and backgrounds else other
+def ids_in_truth(written: Vocabulary, truth: Vocabulary, where: str) -> NDArray[np.int32]:
+    """int32 [written classes]: the truth's class of the same uid, else the only one of the name.
+
+    ValueError naming `where`, the truth, if there is no such class.
+    """
+    left = [item for item in truth.categories if item.uid not in written]
+    others = [item for item in written.categories if item.uid not in truth]
+    num_of = Counter(map(_name_of, [*left, *others]))
+    uids = {_name_of(item): item.uid for item in left}
+    same = {item.uid: uids[_name_of(item)] for item in others
+            if _name_of(item) in uids and num_of[_name_of(item)] == 2}  # fmt: skip
+    unknown = [item for item in others if item.uid not in same]
+    if unknown:
+        names = ", ".join(item.name for item in unknown[:3])
+        raise ValueError(
+            f"truth {where}: {len(unknown)} of the {len(written)} classes of the pseudo labels are "
+            f"unknown to it, such as {[item.uid for item in unknown[:3]]} ({names}); give its "
+            "vocabulary.json the uids of the training sets"
+        )
+    return np.array([truth.index(same.get(uid, uid)) for uid in written.uids], dtype=np.int32)
+
+
+def _name_of(item: Category) -> str:
+    return BACKGROUND if is_background(item.uid) else fold(item.name)
 
 
 def _common_rows(pseudo: Index, truth: Index) -> list[tuple[int, int]]:
