@@ -164,11 +164,6 @@ class TrainLoader:
     def num_slots(self) -> int:
         return sum(source.slots for source in self.sources)
 
-    @property
-    def samples_per_step(self) -> int:
-        """Images of a global step, over all slots."""
-        return sum(source.slots * source.batch_per_slot for source in self.sources)
-
     def steps(self, start_step: int, stop_step: int) -> Iterator[list[tuple[Batch, Clock]]]:
         """This rank's micro-batches of steps [start_step, stop_step).
 
