@@ -200,7 +200,7 @@ def test_eval_on_the_runs_own_validation_set(run, tmp_path, capsys):
     assert scores["num_images"] == 5
     assert scores["groups"]["base"]["num_classes"] == scores["groups"]["novel"]["num_classes"] == 2
     assert scores["groups"]["tail"]["num_classes"] > 0
-    assert "novel" in capsys.readouterr().out and "green" in (tmp_path / "classes.txt").read_text()
+    assert "novel" in capsys.readouterr().out and "green" in (tmp_path / "classes.csv").read_text()
     assert len([*tmp_path.glob("panel-*.png")]) == 2
 
 
