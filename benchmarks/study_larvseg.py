@@ -19,16 +19,17 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import study as shared
 import tyro
+from study import Row, run_all
 from study_setup import ALONE, LITE0, OPTIMIZER, alone, slug
 
 from memseg_dist.config import RunConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.launch import launch
-from memseg_dist.tools import study as shared
-from memseg_dist.tools.study import SCORES, Row, run_all
 
 WEAK_WEIGHT = 0.4
+SCORES = {"All": "val/miou_all", "Base": "val/miou_base", "Novel": "val/miou_novel"}
 VARIANTS: dict[str, dict] = {
     "baseline": {"attention": "off"},
     "baseline, all the weight": {"attention": "off", "cls_weight": 2 * WEAK_WEIGHT},

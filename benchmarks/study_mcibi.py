@@ -18,14 +18,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import study as shared
 import tyro
-from study_setup import LITE0, OPTIMIZER, ROOT, alone, slug
+from study import Row, run_all
+from study_setup import LITE0, OPTIMIZER, alone, slug
 
 from memseg_dist.config import RunConfig
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.launch import launch
-from memseg_dist.tools import study as shared
-from memseg_dist.tools.study import Row, run_all
 
 NO_RCL = {"consistency_weight": 0.0}
 RCL_FROM = {"consistency_epochs": 0.1}
@@ -151,8 +151,10 @@ def train(study: Study, variant: str, seed: int) -> Row:
 
 def main(study: Study) -> None:
     if study.pictures is None:
-        shared.prepare_scenes(ROOT, study.data)
-        shared.prepare_backbone(ROOT, study.backbone, study.data)
+        from demo import prepare_backbone, prepare_scenes
+
+        prepare_scenes(study.data)
+        prepare_backbone(study.backbone, study.data)
     names = study.variants or tuple(study.known)
     kind = "scenes" if study.pictures is None else "pictures"
     study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")

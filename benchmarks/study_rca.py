@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import study as shared
 import tyro
 from PIL import Image
-from study_setup import ALONE, LITE0, OPTIMIZER, ROOT, alone, slug
+from study import Row, run_all
+from study_setup import ALONE, LITE0, OPTIMIZER, alone, slug
 
 from memseg_dist.config import RunConfig
 from memseg_dist.data.augment import AugmentConfig
@@ -35,10 +37,8 @@ from memseg_dist.methods.rca.config import RCAConfig, released
 from memseg_dist.methods.rca.fusion import RULES, FusionConfig
 from memseg_dist.methods.rca.labeller import ActivationLabeller
 from memseg_dist.stages import LabelConfig
-from memseg_dist.tools import study as shared
 from memseg_dist.tools.pseudo_labels import label
 from memseg_dist.tools.splits import open_pool, write_splits
-from memseg_dist.tools.study import Row, run_all
 
 PAPER, SCALED = {"attention_scale": "raw"}, {"attention_scale": "sqrt_dim"}
 PARTS: dict[str, dict] = {
@@ -204,13 +204,15 @@ def prepare(study: Study) -> None:
         chosen = np.unique(pool.image[is_known[pool.label]])
         write_splits(objects, {"coco80": [pool.keys[image] for image in chosen]}, overwrite=False)
         return
+    from demo import prepare_backbone, run
+
     if not (study.data / "val" / "index.parquet").exists():
-        shared.run(
-            ROOT, "datasets/scenes_weak.py", "--root", study.data, "--num-objects", 12,
+        run(
+            "datasets/scenes_weak.py", "--root", study.data, "--num-objects", 12,
             "--train", 640, "--val", 200,
         )  # fmt: skip
     write_saliency(study)
-    shared.prepare_backbone(ROOT, study.backbone)
+    prepare_backbone(study.backbone)
 
 
 def write_saliency(study: Study) -> None:

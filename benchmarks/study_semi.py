@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import study as shared
 import tyro
-from study_setup import LITE0, OPTIMIZER, ROOT, alone, slug
+from study import Row, run_all
+from study_setup import LITE0, OPTIMIZER, alone, slug
 
 from memseg_dist.config import RunConfig
 from memseg_dist.data.augment import AugmentConfig
@@ -30,10 +32,8 @@ from memseg_dist.data.index import Index
 from memseg_dist.launch import launch
 from memseg_dist.methods.three_stage.config import ThreeStageConfig
 from memseg_dist.stages import LabelConfig, Stage, resolved
-from memseg_dist.tools import study as shared
 from memseg_dist.tools.pseudo_labels import label
 from memseg_dist.tools.splits import draw, number_of, open_pool, write_splits
-from memseg_dist.tools.study import Row, run_all
 
 PSEUDOSEG: dict[str, dict[str, Any]] = {
     "supervised": {"recipe": "supervised"},
@@ -136,8 +136,10 @@ class Study:
 
 def main(study: Study) -> None:
     if study.pictures is None:
-        shared.prepare_scenes(ROOT, study.data, *SCENE_FLAGS)
-        shared.prepare_backbone(ROOT, study.backbone)
+        from demo import prepare_backbone, prepare_scenes
+
+        prepare_scenes(study.data, *SCENE_FLAGS)
+        prepare_backbone(study.backbone)
     kind = "scenes" if study.pictures is None else "pictures"
     study = replace(study, storage=study.storage / f"{kind}-{study.steps}-steps")
     shared.check_inputs(study.storage, inputs_of(study))

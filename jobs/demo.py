@@ -10,17 +10,23 @@ Every step is a command that you can type yourself; what is already there is not
 
 from __future__ import annotations
 
+import json
+import shlex
+import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-
-from memseg_dist.tools.study import print_scores, read_scores, run
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"baseline": ["--baseline"], "larvseg": []}
+SCORES = {"All": "val/miou_all", "Base": "val/miou_base", "Novel": "val/miou_novel"}
 
 
 @dataclass(frozen=True)
@@ -38,16 +44,14 @@ class Demo:
 def main(demo: Demo) -> None:
     started = time.perf_counter()
     backbone = demo.storage / "pretrain_scenes" / "backbone.safetensors"
-    if not (demo.data / "val" / "index.parquet").exists():
-        run(ROOT, "datasets/scenes.py", "--root", demo.data)
-    if not backbone.exists():
-        run(ROOT, "jobs/pretrain_scenes.py", "--data", demo.data, "--storage", demo.storage)
+    prepare_scenes(demo.data)
+    prepare_backbone(backbone, demo.data)
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for seed in demo.seeds:
         for method, flags in METHODS.items():
             name = f"{method}_scenes_seed{seed}"
             run(
-                ROOT, "jobs/larvseg_scenes.py", *flags, "--data", demo.data, "--backbone", backbone,
+                "jobs/larvseg_scenes.py", *flags, "--data", demo.data, "--backbone", backbone,
                 "--storage", demo.storage, "--name", name, "--seed", seed,
             )  # fmt: skip
             scores[method].append(read_scores(demo.storage / name))
@@ -59,6 +63,50 @@ def main(demo: Demo) -> None:
         f"figures    {Path(sys.executable).parent}/mlflow ui "
         f"--backend-store-uri sqlite:///{demo.storage.resolve()}/mlflow.db"
     )
+
+
+def run(script: str, *arguments: object) -> None:
+    """`python script arguments`, shown first; exits where it fails."""
+    command = [script, *map(str, arguments)]
+    Console().rule(f"python {shlex.join(command)}", align="left")
+    result = subprocess.run([sys.executable, str(ROOT / script), *command[1:]])
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def prepare_scenes(data: Path, *options: object) -> None:
+    """Scenes, drawn with these options where they are not there yet."""
+    if not (data / "val" / "index.parquet").exists():
+        run("datasets/scenes.py", "--root", data, *options)
+
+
+def prepare_backbone(backbone: Path, scenes: Path = Path("data/scenes")) -> None:
+    """That of all runs on scenes, trained on `scenes` where it is not there yet."""
+    if not backbone.exists():
+        prepare_scenes(scenes)
+        storage = backbone.parents[1]
+        run("jobs/pretrain_scenes.py", "--data", scenes, "--storage", storage)
+
+
+def read_scores(directory: Path) -> dict[str, float]:
+    """All, Base and Novel mIoU of a run's last evaluation. ValueError if it has none."""
+    history = directory / "metrics.jsonl"
+    lines = map(json.loads, history.read_text().splitlines())
+    evaluations = [line for line in lines if SCORES["Novel"] in line]
+    if not evaluations:
+        raise ValueError(f"{history} has no evaluation with base and novel classes")
+    return {name: evaluations[-1][key] for name, key in SCORES.items()}
+
+
+def print_scores(title: str, results: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """A row per variant: mean over its runs, and standard deviation where there are several."""
+    table = Table("mIoU", "runs", *SCORES, title=title)
+    for variant, runs in results.items():
+        columns = [[run[name] for run in runs] for name in SCORES]
+        spreads = [f" ± {statistics.stdev(own):.2f}" if len(own) > 1 else "" for own in columns]
+        cells = [f"{statistics.mean(own):.2f}{spread}" for own, spread in zip(columns, spreads)]
+        table.add_row(variant, str(len(runs)), *cells)
+    Console().print(table)
 
 
 if __name__ == "__main__":

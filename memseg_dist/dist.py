@@ -1,4 +1,4 @@
-"""Nine verbs over `torch.distributed`, identities in a single process.
+"""Eight verbs over `torch.distributed`, identities in a single process.
 
 Tensors travel on the process group's backend of their device: NCCL for CUDA tensors, gloo for CPU
 tensors. With the backend "cpu:gloo,cuda:nccl" host-side sizes are exchanged without touching the
@@ -41,13 +41,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over ranks, written into `tensor` and returned."""
     if size() > 1:
         torch_dist.all_reduce(tensor)
-    return tensor
-
-
-def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
-    """Rank `source`'s values, written into `tensor` and returned."""
-    if size() > 1:
-        torch_dist.broadcast(tensor, source)
     return tensor
 
 

@@ -14,6 +14,7 @@ import torch
 from pictures import write_image
 from PIL import Image
 from train.shards import CATEGORIES, larvseg_config, write_squares
+from train.tiny import save
 from webdataset import TarWriter
 
 from memseg_dist.assemble import build_label_space, build_method
@@ -25,7 +26,6 @@ from memseg_dist.evaluation.sliding import Inference, segment, segment_batch
 from memseg_dist.nn.densecrf import DEEPLAB
 from memseg_dist.tools.shards import Sample, finish, write_shard
 from memseg_dist.train.engine import TorchEngine
-from memseg_dist.train.saver import save
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_eval_on_the_runs_own_validation_set(run, tmp_path, capsys):
     assert scores["num_images"] == 5
     assert scores["groups"]["base"]["num_classes"] == scores["groups"]["novel"]["num_classes"] == 2
     assert scores["groups"]["tail"]["num_classes"] > 0
-    assert "novel" in capsys.readouterr().out and "green" in (tmp_path / "classes.txt").read_text()
+    assert "novel" in capsys.readouterr().out and "green" in (tmp_path / "classes.csv").read_text()
     assert len([*tmp_path.glob("panel-*.png")]) == 2
 
 

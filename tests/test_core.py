@@ -48,13 +48,12 @@ def verbs():
         dist.all_reduce_sum(torch.tensor([rank + 1.0])).item(),
         dist.all_gather(torch.tensor([rank])).flatten().tolist(),
         ragged[:, 0].tolist(),
-        dist.broadcast(torch.tensor([rank]), 0).item(),
         dist.all_gather_object({"rank": rank}),
     )
 
 
 def test_verbs_on_one_and_four_ranks(process_pool):
-    assert verbs() == (1.0, [0], [], 0, [{"rank": 0}])
+    assert verbs() == (1.0, [0], [], [{"rank": 0}])
     for result in process_pool(4).run(verbs):
-        expected = (10.0, [0, 1, 2, 3], [1, 2, 2, 3, 3, 3], 0, [{"rank": r} for r in range(4)])
+        expected = (10.0, [0, 1, 2, 3], [1, 2, 2, 3, 3, 3], [{"rank": r} for r in range(4)])
         assert result == expected

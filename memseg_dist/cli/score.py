@@ -47,7 +47,7 @@ def score(
 
     Args:
         data: Folder or URL of the shards; by default the run's own validation set.
-        out: Folder for scores.json, classes.txt and panels.
+        out: Folder for scores.json, classes.csv and panels.
         panels: How many pictures to draw as image | truth | prediction | maps, into --out.
         max_images: Score the first so many images only.
         processes: Loader processes.
@@ -79,7 +79,7 @@ def score(
         folder = make_folder(out)
         (folder / "scores.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
         if isinstance(result, EvaluationResult):
-            (folder / "classes.txt").write_text(result.scores.class_table() + "\n")
+            (folder / "classes.csv").write_text(result.scores.class_csv())
         drawn = draw_panels(opened.method, dataset, classes, panels, opened.device, settings)
         for number, item in enumerate(drawn):
             name = "".join(letter if letter.isalnum() else "-" for letter in item.key)

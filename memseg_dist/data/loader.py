@@ -170,11 +170,6 @@ class TrainLoader:
         """Of the samples and the pseudo masks of each source; a second for 13M samples."""
         return {part: of for reader in self._readers for part, of in reader.fingerprints().items()}
 
-    @property
-    def samples_per_step(self) -> int:
-        """Images of a global step, over all slots."""
-        return sum(source.slots * source.batch_per_slot for source in self.sources)
-
     def steps(self, start_step: int, stop_step: int) -> Iterator[list[tuple[Batch, Clock]]]:
         """This rank's micro-batches of steps [start_step, stop_step).
 

@@ -102,28 +102,16 @@ class SegmentationScores:
             lines.append(f"{name:<8} {miou:>6} {score.num_classes:>8} {score.num_absent:>7}")
         return "\n".join(lines)
 
-    def class_table(self) -> str:
-        """One line per class, the best first, absent classes last."""
-        lines = [f"{'class':<28} {'group':<6} {'IoU':>6} {'pixels':>12}  uid"]
-        for row in self._best_first():
-            iou = "-" if math.isnan(row.iou) else f"{100 * row.iou:.2f}"
-            name, group = row.name[:28], row.group or ""
-            lines.append(f"{name:<28} {group:<6} {iou:>6} {row.pixels:>12}  {row.uid}")
-        return "\n".join(lines)
-
     def class_csv(self) -> str:
-        """One line per class as in `class_table`, IoU in 0..100; it is empty for absent classes."""
+        """One line per class, the best first; IoU in 0..100, empty for absent classes, the last."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["class", "group", "IoU", "pixels", "predicted pixels", "bucket", "uid"])
-        for row in self._best_first():
+        for row in sorted(self.classes, key=lambda row: (math.isnan(row.iou), -row.iou, row.name)):
             iou = "" if math.isnan(row.iou) else f"{100 * row.iou:.2f}"
             pixels = row.pixels, row.predicted_pixels
             writer.writerow([row.name, row.group or "", iou, *pixels, row.bucket or "", row.uid])
         return file.getvalue()
-
-    def _best_first(self) -> list[ClassScore]:
-        return sorted(self.classes, key=lambda row: (math.isnan(row.iou), -row.iou, row.name))
 
 
 class SegmentationMetrics:

@@ -15,10 +15,8 @@ Shape letters: T rows held here, C classes, D values of a row, E events of one s
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -237,25 +235,6 @@ class ShardedRows:
             sums = dist.all_reduce_sum(sums)  # a class lies on one rank: its maximum too adds up
         rows, events, after = sums.cpu().numpy()
         return PerClass(rows, events, after - 1)
-
-    def digest(self, *, values: bool = False) -> str:
-        """SHA-256 of which event each row took last and how many, equal at any number of workers.
-
-        values=True adds the rows' bytes, which are equal where the arithmetic is: on CPU with as
-        many threads per worker. Collective; waits for the device.
-        """
-        parts = [self.updates[:, None], self.origin, *([self._rows[:-1]] if values else [])]
-        host = [part.contiguous().cpu().view(torch.uint8).numpy() for part in parts]
-        starts = self.layout.starts[self.owned.start : self.owned.stop + 1] - self.start
-        local = [
-            hashlib.sha256(b"".join(part[low:high].tobytes() for part in host)).digest()
-            for low, high in pairwise(starts)
-        ]
-        ranks = [local] if self.table == "local" else dist.all_gather_object(local)
-        total = hashlib.sha256(b"".join(key.tobytes() for key in self.layout.keys.values()))
-        for digests in ranks:
-            total.update(b"".join(digests))
-        return total.hexdigest()
 
     def publish(self, directory: str | Path, uids: Sequence[str]) -> None:
         """Write the set rows as Parquet, one file per rank, for inspection and search.

@@ -19,7 +19,7 @@ pass it writes to others, which hooks keep beside it.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -40,16 +40,14 @@ class SlotStatistics:
     """What one BatchNorm layer saw since the last commit.
 
     slot: the slot that is recorded now. stream: the name of the stream that is left out now.
-    seen: slot -> the [2, C] mean and variance of each of its forward passes. left_out: stream ->
-    the number of its forward passes, over all commits. running: the layer's running statistics
-    while a pass is recorded that must not move them.
+    seen: slot -> the [2, C] mean and variance of each of its forward passes. running: the layer's
+    running statistics while a pass is recorded that must not move them.
     """
 
     momentum: float
     slot: int | None = None
     stream: str | None = None
     seen: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    left_out: Counter[str] = field(default_factory=Counter)
     running: tuple[Tensor, Tensor] | None = None
 
 
@@ -93,16 +91,8 @@ def recording(module: nn.Module, slot: int | None) -> AbstractContextManager[Non
 
 
 def leave_out(module: nn.Module, stream: str) -> AbstractContextManager[None]:
-    """Forward passes inside, while recording, are tallied as `stream` but move no statistics."""
+    """Forward passes inside, the stream of this name, move no statistics while recording."""
     return _setting(module, "stream", stream)
-
-
-def left_out(module: nn.Module) -> dict[str, int]:
-    """Stream -> how many forward passes of this rank were left out, of the layer with the most."""
-    most: Counter[str] = Counter()
-    for layer in _recording_layers(module):
-        most |= layer.slot_statistics.left_out
-    return dict(most)
 
 
 @torch.no_grad()
@@ -163,10 +153,7 @@ def _before(layer: Any, arguments: tuple[Tensor, ...]) -> None:
     anyway, and with momentum 1 it keeps nothing else.
     """
     statistics: SlotStatistics = layer.slot_statistics
-    if not layer.training or statistics.slot is None:
-        return
-    if statistics.stream is not None:
-        statistics.left_out[statistics.stream] += 1
+    if not layer.training or statistics.slot is None or statistics.stream is not None:
         return
     statistics.running = (layer.running_mean, layer.running_var)
     layer.running_mean, layer.running_var = map(torch.zeros_like, statistics.running)

@@ -143,28 +143,6 @@ class Saver:
         return None
 
 
-def save(
-    directory: str,
-    step: int,
-    engine: Engine,
-    memories: Mapping[str, Stateful],
-    config: RunConfig,
-    label_space: LabelSpace,
-    *,
-    data: Mapping[str, str] = {},
-    keep: int,
-) -> str:
-    """Write a checkpoint and wait for it. Collective. Returns its path. data: none is checked.
-
-    An error of one rank is raised on every rank, and leaves nothing that `latest` would choose.
-    """
-    saver = Saver(directory, config, label_space, data, keep)
-    saver.start(step, engine, memories)
-    path = saver.settle(wait=True)
-    assert path is not None
-    return path
-
-
 def _on_any_rank(flag: bool) -> bool:
     return bool(dist.all_reduce_sum(torch.tensor(int(flag))) > 0)
 

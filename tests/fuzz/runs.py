@@ -15,10 +15,11 @@ import torch
 import toy_job
 from fuzz.kind import RIGHT, SKIPPED, Kind, Text, says
 from fuzz.mutations import damage, damage_tree
+from memory.digest import digest_of
 from pictures import jpeg
 from PIL import Image
 from train.shards import larvseg_config, write_squares
-from train.tiny import Tiny, tiny_config
+from train.tiny import Tiny, save, tiny_config
 
 from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.batch import Clock
@@ -37,7 +38,6 @@ from memseg_dist.tools.search import PublishedRows
 from memseg_dist.train.checkpoint import Checkpoint, latest
 from memseg_dist.train.checkpoint import load as load_checkpoint
 from memseg_dist.train.engine import TorchEngine
-from memseg_dist.train.saver import save
 
 CONFIG = tiny_config(OptimizerConfig("adamw", lr=0.1))
 CATEGORIES = (Category("n0", "cat"), Category("n1", "dog"), Category("n2", "lion"))
@@ -107,7 +107,7 @@ class CheckpointFiles(Kind):
         save(directory, 7, engine, {"bank": bank}, CONFIG, self.LABELS, data=DATA, keep=1)
         self.step = folder / "run" / "step-00000007"
         self.files = {file.name: file.read_bytes() for file in self.step.iterdir()}
-        self.expected = (engine.state().weights, bank.digest(values=True))
+        self.expected = (engine.state().weights, digest_of(bank, values=True))
 
     def damage(self, random: Random) -> None:
         for name, content in self.files.items():
@@ -148,7 +148,7 @@ class CheckpointFiles(Kind):
         if not self.is_sealed:
             weights, digest = self.expected
             assert step == json.loads((self.step / "manifest.json").read_bytes())["step"]
-            assert bank.digest(values=True) == digest
+            assert digest_of(bank, values=True) == digest
             for name, tensor in engine.state().weights.items():
                 assert torch.equal(tensor, weights[name]), name
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from memory.digest import digest_of
 from no_host_sync import no_host_sync, pretended_device
 from train.shards import SIZE, larvseg_config, write_squares
 from train.test_loop import Here, assert_same_checkpoints, run_until_killed
@@ -69,7 +70,7 @@ def banks(method: Method) -> dict[str, ShardedRows]:
 
 
 def digests(method: Method) -> dict[str, str]:
-    return {name: bank.digest(values=True) for name, bank in banks(method).items()}
+    return {name: digest_of(bank, values=True) for name, bank in banks(method).items()}
 
 
 def beside_weights(method: Method) -> dict[str, torch.Tensor]:

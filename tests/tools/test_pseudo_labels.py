@@ -14,6 +14,7 @@ import torch
 from pictures import jpeg
 from PIL import Image
 from reference.sliding import dense_logits
+from train.tiny import save
 
 from memseg_dist.assemble import build_label_space, build_method
 from memseg_dist.cli import main
@@ -41,7 +42,6 @@ from memseg_dist.tools.shards import Sample, finish, write_shard
 from memseg_dist.train.checkpoint import Checkpoint
 from memseg_dist.train.engine import TorchEngine
 from memseg_dist.train.platform import Tracker
-from memseg_dist.train.saver import save
 
 VOCABULARY = Vocabulary(
     tuple(Category(uid, uid) for uid in ("dog", "ghost", "background", "cat", "cow"))

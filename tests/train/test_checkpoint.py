@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.tiny import Tiny, micro_batches, tiny_config
+from memory.digest import digest_of
+from train.tiny import Tiny, micro_batches, save, tiny_config
 
 from memseg_dist import dist
 from memseg_dist.batch import Clock
@@ -27,7 +28,6 @@ from memseg_dist.train.checkpoint import (
     whole_checkpoints,
 )
 from memseg_dist.train.engine import TorchEngine
-from memseg_dist.train.saver import save
 from memseg_dist.train.storage import make_writable, together
 
 LABELS = LabelSpace.union({"source0": Vocabulary((Category("n1", "cat"), Category("n2", "dog")))})
@@ -60,14 +60,14 @@ def filled_bank(table="sharded", dtype=torch.float32) -> ShardedRows:
 def write(directory, step=1, keep=3, table="sharded", dtype=torch.float32):
     memories = {"memory": filled_bank(table, dtype), "other": filled_bank("local")}
     path = save(directory, step, make_engine(), memories, tiny_config(), LABELS, keep=keep)
-    return path, memories["memory"].digest(values=True)
+    return path, digest_of(memories["memory"], values=True)
 
 
 def read(path, table="sharded", dtype=torch.float32):
     engine, bank = make_engine(), make_bank(table, dtype)
     means = ClassMeans(bank)
     step = load(Checkpoint(path), engine, {"memory": bank}, tiny_config(), LABELS, {})
-    return step, bank.digest(values=True), dict(engine.state().weights), means.means
+    return step, digest_of(bank, values=True), dict(engine.state().weights), means.means
 
 
 @pytest.mark.parametrize("table", ["sharded", "local"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory.digest import digest_of
 from train.shards import larvseg_config, write_squares
 
 from memseg_dist import dist
@@ -78,7 +79,7 @@ def run(config_json: str, stop_at: int | None = None):
 
     result = loop.train(config, Here(stop_at), Tracker(), watched)
     memory = methods[0].state().get("memory")
-    return result, keys, None if memory is None else memory.digest()
+    return result, keys, None if memory is None else digest_of(memory)
 
 
 class _Watched:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from train.test_checkpoint import LABELS, filled_bank, make_engine
-from train.tiny import micro_batches, tiny_config
+from train.tiny import micro_batches, save, tiny_config
 
 from memseg_dist import dist
 from memseg_dist.batch import Clock
 from memseg_dist.train import saver as saver_module
 from memseg_dist.train.checkpoint import Checkpoint, latest
-from memseg_dist.train.saver import Saver, save
+from memseg_dist.train.saver import Saver
 
 
 def step_on(engine, bank) -> None:

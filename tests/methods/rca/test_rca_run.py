@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory.digest import digest_of
 from train.shards import SIZE, larvseg_config, write_squares
 from train.test_loop import Here, Watching, losses
 
@@ -67,7 +68,7 @@ def run(config_json: str, stop_at: int | None = None) -> dict:
     bank, maps = methods[0].memory, methods[0].accumulated.rows
     return {
         "status": result["status"],
-        "digest": bank.digest(values=True),
+        "digest": digest_of(bank, values=True),
         "rows": _of_all_ranks(bank.rows),
         "maps": _of_all_ranks(maps.rows),
         "prototypes": methods[0].net.prototypes.vectors,

@@ -1,7 +1,4 @@
-"""Comparing runs: commands one after another, or many runs side by side, paired by seed.
-
-run("jobs/larvseg_scenes.py", "--seed", 0, "--name", "larvseg_0")
-print_scores("Scenes", {"larvseg": [read_scores(Path("runs/larvseg_0"))]})
+"""Comparing runs: many of them side by side, paired by seed.
 
 rows = run_all(train, [(study, "larvseg", seed) for seed in range(5)], file, processes=2)
 interval(paired(rows, "larvseg", "baseline", "miou"))       # "+1.20 ± 0.31 *"
@@ -12,10 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import statistics
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,49 +25,6 @@ from rich.table import Table
 Row = dict[str, Any]
 STUDENT_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
 """Two-sided 95 % quantiles by degrees of freedom."""
-SCORES = {"All": "val/miou_all", "Base": "val/miou_base", "Novel": "val/miou_novel"}
-
-
-def run(root: Path, script: str, *arguments: object) -> None:
-    """`python script arguments` of the checkout `root`, shown first; exits where it fails."""
-    command = [script, *map(str, arguments)]
-    Console().rule(f"python {shlex.join(command)}", align="left")
-    result = subprocess.run([sys.executable, str(root / script), *command[1:]])
-    if result.returncode:
-        sys.exit(result.returncode)
-
-
-def prepare_scenes(root: Path, data: Path, *options: object) -> None:
-    """Scenes, drawn with these options where they are not there yet."""
-    if not (data / "val" / "index.parquet").exists():
-        run(root, "datasets/scenes.py", "--root", data, *options)
-
-
-def prepare_backbone(root: Path, backbone: Path, scenes: Path = Path("data/scenes")) -> None:
-    """That of all runs on scenes, trained on `scenes` where it is not there yet."""
-    if not backbone.exists():
-        prepare_scenes(root, scenes)
-        storage = backbone.parents[1]
-        run(root, "jobs/pretrain_scenes.py", "--data", scenes, "--storage", storage)
-
-
-def read_scores(directory: Path) -> dict[str, float]:
-    """All, Base and Novel mIoU of a run's last evaluation. ValueError if it has none."""
-    history = directory / "metrics.jsonl"
-    lines = map(json.loads, history.read_text().splitlines())
-    evaluations = [line for line in lines if SCORES["Novel"] in line]
-    if not evaluations:
-        raise ValueError(f"{history} has no evaluation with base and novel classes")
-    return {name: evaluations[-1][key] for name, key in SCORES.items()}
-
-
-def print_scores(title: str, results: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """A row per variant: mean over its runs, and standard deviation where there are several."""
-    table = Table("mIoU", "runs", *SCORES, title=title)
-    for variant, runs in results.items():
-        cells = [mean_and_spread([run[name] for run in runs]) for name in SCORES]
-        table.add_row(variant, str(len(runs)), *cells)
-    Console().print(table)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
