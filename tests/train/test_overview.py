@@ -102,6 +102,7 @@ def test_a_background_that_no_label_names_is_warned_of(config):
 
 def test_a_background_of_two_uids_is_told_from_one_that_no_label_names(config, tmp_path):
     other = [Category("bg", "Background"), *(Category(f"u:{name}", name) for name in NAMES[1:])]
+    shutil.rmtree(tmp_path / "weak")
     write(tmp_path / "weak", {"c": ((CAT,), None), "d": ((BACKGROUND, CAT), None)})
     Vocabulary(tuple(other)).save(tmp_path / "weak" / "vocabulary.json")
     (warning,) = [text for text in look(config).warnings if "pixels" in text]
