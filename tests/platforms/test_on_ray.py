@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 from platforms.tiny_run import tiny_run
 
 from memseg_dist.config import EngineConfig, LaunchConfig, TrackingConfig, to_json
-from memseg_dist.launch import launch
+from memseg_dist.launch import launch, run_worker
 
 ray = pytest.importorskip("ray")
 
@@ -156,12 +157,15 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp
 
 
 @pytest.mark.slow
-def test_a_users_mistake_comes_back_as_one_readable_message(cluster, tiny_data, tmp_path):
+def test_a_workers_error_comes_back_as_one_readable_message(cluster, tiny_data, tmp_path):
+    from memseg_dist.platforms import on_ray
+
     config = tiny_run(tiny_data, tmp_path, launch=LaunchConfig("ray", workers=2, max_failures=0))
     missing = dataclasses.replace(config.sources[0], path=str(tmp_path / "not-there"))
     config = dataclasses.replace(config, sources=(missing, config.sources[1]))
-    with pytest.raises(RuntimeError) as caught:
-        launch(config)
+    worker = functools.partial(run_worker, tags={}, method=type(config.method))
+    with pytest.raises(RuntimeError) as caught:  # `launch` would not start a worker
+        on_ray.run(worker, to_json(config), config)
     assert "not-there" in str(caught.value)
     assert len(str(caught.value).splitlines()) < 20
 
