@@ -1,6 +1,6 @@
 """Kills a run at random, again and again, and looks at what is left of it.
 
-    make chaos                                # 30 kills in ten minutes, on two quiet cores
+    make chaos                                # 30 kills: a quarter of an hour on two quiet cores
     python -m chaos --launchers local --kills 6 --seed 7
 
 Two DeepSpeed workers with loader processes, a memory, evaluation and MLflow, as plain processes and
@@ -287,6 +287,7 @@ def main() -> None:
                 f"{time.monotonic() - started:.0f} s |"
             )
             rows += [f"  {'yes' if holds else 'NO '} {name}" for name, holds in checks.items()]
+            print(*rows, sep="\n", flush=True)
             if files or alive:
                 print(files[:20], alive, flush=True)
         print("| launcher | kills | starts | steps | processes left | files + sockets | time |")
