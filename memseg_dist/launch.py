@@ -6,13 +6,15 @@ import functools
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from memseg_dist.assemble import build_label_space, check_method
 from memseg_dist.checks import require
@@ -24,7 +26,6 @@ from memseg_dist.nn.weights import fetch_weights
 from memseg_dist.platforms import local
 from memseg_dist.platforms.folder import FolderTracker
 from memseg_dist.tools.external import ensure_indexed
-from memseg_dist.tools.pictures.draw import draw_validation
 from memseg_dist.train.checkpoint import Checkpoint, DamagedCheckpoint, check_same_run
 from memseg_dist.train.console import ConsoleTracker
 from memseg_dist.train.engine import EngineFactory, TorchEngine
@@ -115,7 +116,14 @@ def run_worker(
     )
     tracker = build_tracker(config, tags) if context.rank == 0 else Tracker()
     tracker.begin(overview)
-    return train(config, context, tracker, engine_factory(config), draw_validation)
+    return train(config, context, tracker, engine_factory(config), _draw)
+
+
+def _draw(*arguments: Any) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """`draw_validation`, whose libraries only the process that draws imports."""
+    from memseg_dist.tools.pictures.draw import draw_validation
+
+    return draw_validation(*arguments)
 
 
 def engine_factory(config: RunConfig) -> EngineFactory:

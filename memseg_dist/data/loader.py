@@ -25,7 +25,7 @@ from memseg_dist.data.loader_process import (
     TIMEOUT_S,
     next_item,
     process_options,
-    starting_processes,
+    starting_loader_processes,
 )
 from memseg_dist.data.order import BlockedOrder, Draw, repeat_factors
 from memseg_dist.data.source import Source, SourceReader
@@ -177,7 +177,7 @@ class TrainLoader:
         batch again. One iterator at a time. ValueError naming what hangs if a batch does not come.
         """
         self._requests.span = range(start_step, stop_step)
-        with starting_processes():
+        with starting_loader_processes():
             batches = iter(self._loader)
         for step in range(start_step, stop_step):
             made = {

@@ -11,10 +11,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker, util
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,7 +35,6 @@ def process_options(num_processes: int, timeout_s: float) -> dict[str, Any]:
     """
     if num_processes == 0:
         return {"num_workers": 0}
-    util.get_temp_dir()  # made before the loader processes, which share it then and delete it
     # Forking a process that runs gloo, NCCL or Ray threads can deadlock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["memseg_dist.data.loader"])
@@ -55,6 +56,21 @@ def starting_processes() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def starting_loader_processes() -> Iterator[None]:
+    """`starting_processes()` that do not run the script of this process: a job imports all of the
+    framework, which takes each of them 2 s and 215 MB. What they are given must be importable.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")  # whose file they would run
+    try:
+        util.get_temp_dir()  # made before them: they share it then, and delete it
+        with starting_processes():
+            yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def have_own_temporary_folder() -> None:

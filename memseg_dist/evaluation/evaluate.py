@@ -25,7 +25,7 @@ from memseg_dist.data.loader_process import (
     TIMEOUT_S,
     next_item,
     process_options,
-    starting_processes,
+    starting_loader_processes,
 )
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.metrics import (
@@ -173,7 +173,7 @@ def own_share(
     indices = range(dist.rank(), num_images, dist.size())
     own: Any = Subset(dataset, indices)  # type: ignore[arg-type]
     options = process_options(num_processes, TIMEOUT_S)
-    with starting_processes():
+    with starting_loader_processes():
         items = iter(DataLoader(own, batch_size=None, collate_fn=tuple, **options))
     named = (next_item(items, f"image {index} of the validation set".__str__) for index in indices)
     hidden, console = not show_progress or dist.rank() != 0, Console(stderr=True)

@@ -3,14 +3,15 @@
     result = run(worker, config_json, config)
 
 The cluster is the one that `launch.address` or RAY_ADDRESS names (`ray job submit` sets it), else
-one is started on this machine. A group that fails starts again, with as many workers as
-`launch.workers` allows and the cluster has, from the run's own newest checkpoint; Ray keeps no copy
-of it.
+one is started on this machine, without Ray's dashboard. A group that fails starts again, with as
+many workers as `launch.workers` allows and the cluster has, from the run's own newest checkpoint;
+Ray keeps no copy of it.
 """
 
 from __future__ import annotations
 
 import _thread
+import functools
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray import cloudpickle
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.worker import print_to_stdstream
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
@@ -98,13 +100,7 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
     stop_key = f"memseg-stop-{uuid.uuid4().hex}"
     _warn_if_small(config, low, gpu)
     trainer = TorchTrainer(
-        _run_worker,
-        train_loop_config={
-            "worker": worker,
-            "config_json": config_json,
-            "gpu": gpu,
-            "stop_key": stop_key,
-        },
+        _loop(functools.partial(_run_worker, worker, config_json, gpu, stop_key)),
         torch_config=TorchConfig(
             backend=process.backend(gpu), timeout_s=math.ceil(config.launch.timeout_s)
         ),
@@ -211,7 +207,7 @@ def connect(config: RunConfig) -> None:
     heeded = signal.getsignal(signal.SIGTERM)
     if address is None:
         _cpus_started = max(os.cpu_count() or 1, wanted)
-        init_ray(address="local", num_cpus=_cpus_started)
+        init_ray(address="local", num_cpus=_cpus_started, include_dashboard=False)
     else:
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         # a job brings its working directory; otherwise other machines get this very package
@@ -220,21 +216,33 @@ def connect(config: RunConfig) -> None:
         signal.signal(signal.SIGTERM, heeded)  # Ray exits with 15 on it
 
 
-def _run_worker(arguments: dict[str, Any]) -> str:
+def _loop(work: Callable[[], str]) -> Callable[[], str]:
+    """`work`, of which Ray's controller, which is sent it too, imports nothing."""
+    pickled = cloudpickle.dumps(work)
+
+    def loop() -> str:
+        from ray import cloudpickle
+
+        return cloudpickle.loads(pickled)()
+
+    return loop
+
+
+def _run_worker(worker: Worker, config_json: str, gpu: bool, stop_key: str) -> str:
     """The loop of one Ray worker: what rank 0 returned, as JSON."""
-    context = RayContext(arguments["stop_key"])
+    context = RayContext(stop_key)
     ray_context = ray.train.get_context()
     process.set_environment(
         context.rank,
         context.size,
         ray_context.get_local_rank(),
         ray_context.get_local_world_size(),
-        arguments["gpu"],
+        gpu,
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it logs each traceback in full,
     logging.getLogger().setLevel(logging.WARNING)  # and every report
     try:
-        result = arguments["worker"](arguments["config_json"], context)
+        result = worker(config_json, context)
     except Exception as error:  # noqa: BLE001 - any error is to reach the driver in short
         failure = Failure.of(error)
         print(f"worker {context.rank}: {failure.text}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ data -> method.before_step -> engine(slot) for this rank's slots -> engine.step
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def train(
     try:
         with dist.naming_absent_ranks():  # before the tracker, which may take a while to finish
             result = _train(config, context, tracker, engine_factory, draw)
-    except BaseException:
+    except BaseException as error:
+        tracker.log_text("error.txt", "".join(traceback.format_exception(error)))
         tracker.finish("failed")
         raise
     tracker.finish(result["status"])

@@ -18,20 +18,19 @@ from memseg_dist.data.loader import Source, TrainLoader
 
 TESTS = Path(__file__).resolve().parents[1]
 
-READING = """
+READING = """# loader processes do not run this: it has no `if __name__ == "__main__"`
 import signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 from data.test_loader_process import loader_of
 
-if __name__ == "__main__":
-    heard = []
-    signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
-    signal.signal(signal.SIGINT, lambda *_: heard.append("INT"))
-    loader = loader_of(sys.argv[2], num_processes=int(sys.argv[3]))
-    for step, _ in enumerate(loader.steps(0, 10**6)):
-        if step == 0 or len(heard) == 2:  # from then on, a step a line
-            print(step, flush=True)
-            sys.stdin.readline()
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
+signal.signal(signal.SIGINT, lambda *_: heard.append("INT"))
+loader = loader_of(sys.argv[2], num_processes=int(sys.argv[3]))
+for step, _ in enumerate(loader.steps(0, 10**6)):
+    if step == 0 or len(heard) == 2:  # from then on, a step a line
+        print(step, flush=True)
+        sys.stdin.readline()
 """
 
 

@@ -52,6 +52,25 @@ def test_the_driver_prints_workers_lines_as_they_wrote_them(capsys):
     assert (printed.out, printed.err) == ("step 1/4  25%\n", "worker 1: no such file\n")
 
 
+def test_the_controller_imports_nothing_of_what_the_workers_run(tmp_path):
+    from ray import cloudpickle
+
+    from memseg_dist.platforms.on_ray import _loop
+
+    sent = tmp_path / "loop.pickle"
+    sent.write_bytes(cloudpickle.dumps(_loop(functools.partial(to_json, {"a": 1}))))
+    receive = (
+        "import pickle, sys\n"
+        f"loop = pickle.load(open({str(sent)!r}, 'rb'))\n"
+        "assert not [name for name in sys.modules if name.startswith(('memseg_dist', 'torch'))]\n"
+        "print(loop())\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", receive], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert json.loads(answer.stdout) == {"a": 1}
+
+
 def test_a_later_stage_that_needs_more_gets_a_larger_cluster(tmp_path, tiny_data):
     from memseg_dist.platforms.on_ray import connect
 

@@ -301,6 +301,7 @@ def test_a_run_that_fails_before_its_first_step_says_what_it_was(data, tmp_path)
     with pytest.raises(RuntimeError, match="no such engine"):
         loop.train(config, Here(), tracker, fail)
     assert tracker.status == "failed" and from_json(tracker.texts["config.json"]) == config
+    assert tracker.texts["error.txt"].endswith("RuntimeError: no such engine\n")
 
 
 def torch_run(data, storage, **changes):
