@@ -3,9 +3,9 @@
     result = run(worker, config_json, config)
 
 The cluster is the one that `launch.address` or RAY_ADDRESS names (`ray job submit` sets it), else
-one is started on this machine, without Ray's dashboard. A group that fails starts again, with as
-many workers as `launch.workers` allows and the cluster has, from the run's own newest checkpoint;
-Ray keeps no copy of it.
+one is started on this machine. A group that fails starts again, with as many workers as
+`launch.workers` allows and the cluster has, from the run's own newest checkpoint; Ray keeps no copy
+of it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,21 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray import cloudpickle
+from ray import PlacementGroupID, cloudpickle
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.worker import print_to_stdstream
+from ray.exceptions import RayActorError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.train.torch import TorchConfig, get_device
 from ray.train.v2._internal import constants
 from ray.train.v2.api import config as ray_config
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from memseg_dist import dist
 from memseg_dist.config import LaunchConfig, RunConfig
@@ -96,11 +102,37 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
     connect(config)
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     gpu = has_gpus if config.launch.use_gpu is None else config.launch.use_gpu
-    low, high = config.launch.workers_range
     stop_key = f"memseg-stop-{uuid.uuid4().hex}"
-    _warn_if_small(config, low, gpu)
-    trainer = TorchTrainer(
-        _loop(functools.partial(_run_worker, worker, config_json, gpu, stop_key)),
+    _warn_if_small(config, config.launch.workers_range[0], gpu)
+    loop = _loop(functools.partial(_run_worker, worker, config_json, gpu, stop_key))
+    failures, reserved = 0, _reserved()
+    while True:
+        try:
+            with _helpers_find_this_cluster(), _readable_output():
+                result = _fit(_trainer(loop, config, gpu), stop_key)
+            return json.loads(result.return_value)
+        except TrainingFailedError as error:
+            failures += 1
+            may_go_on = config.launch.max_failures == -1 or failures <= config.launch.max_failures
+            # Ray starts no group again of which a worker died as its work was sent to it
+            died = isinstance(getattr(error, "controller_failure", None), RayActorError)
+            if not (died and may_go_on):
+                raise RunFailed(_text_of(error)) from None
+        for group in _reserved() - reserved:  # nor does it give back what that one had
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+        print("a worker died while the group was started; starting it again", flush=True)
+
+
+def _reserved() -> set[str]:
+    """The placement groups of this job: their ids end with its own."""
+    job = ray.get_runtime_context().get_job_id()
+    return {group for group in placement_group_table() if group.endswith(job)}
+
+
+def _trainer(loop: Callable[[], str], config: RunConfig, gpu: bool) -> TorchTrainer:
+    low, high = config.launch.workers_range
+    return TorchTrainer(
+        loop,
         torch_config=TorchConfig(
             backend=process.backend(gpu), timeout_s=math.ceil(config.launch.timeout_s)
         ),
@@ -117,12 +149,6 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
             logging_config=ray_config.LoggingConfig(log_level="WARNING"),
         ),
     )
-    try:
-        with _helpers_find_this_cluster(), _readable_output():
-            result = _fit(trainer, stop_key)
-    except TrainingFailedError as error:
-        raise RunFailed(_text_of(error)) from None
-    return json.loads(result.return_value)
 
 
 def _fit(trainer: TorchTrainer, stop_key: str) -> Any:
@@ -207,7 +233,7 @@ def connect(config: RunConfig) -> None:
     heeded = signal.getsignal(signal.SIGTERM)
     if address is None:
         _cpus_started = max(os.cpu_count() or 1, wanted)
-        init_ray(address="local", num_cpus=_cpus_started, include_dashboard=False)
+        init_ray(address="local", num_cpus=_cpus_started)
     else:
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         # a job brings its working directory; otherwise other machines get this very package

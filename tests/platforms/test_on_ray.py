@@ -176,6 +176,45 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_as_its_work_arrives_is_replaced(
+    cluster, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """What Ray Train takes for a failure of its controller, and gives up."""
+    from memseg_dist.platforms import on_ray
+
+    flag, plain = tmp_path / "died", on_ray._loop
+
+    def arrive(loop):
+        if not flag.exists():
+            flag.touch()
+            os._exit(1)
+        return loop
+
+    class Sent:
+        def __init__(self, loop):
+            self.loop = loop
+
+        def __reduce__(self):
+            return arrive, (self.loop,)
+
+    def dying_once(work):
+        sent = Sent(plain(work))
+        return lambda: sent()
+
+    monkeypatch.setattr(on_ray, "_loop", dying_once)
+    config = tiny_run(tiny_data, tmp_path, launch=LaunchConfig("ray", workers=2, max_failures=1))
+    result = launch(config)
+    assert flag.exists() and (result["status"], result["step"]) == ("finished", 4)
+    assert "starting it again" in capsys.readouterr().out
+    flag.unlink()
+    never = tiny_run(
+        tiny_data, tmp_path, "never", launch=LaunchConfig("ray", workers=2, max_failures=0)
+    )
+    with pytest.raises(RuntimeError, match="died"):
+        launch(never)
+
+
+@pytest.mark.slow
 def test_a_workers_error_comes_back_as_one_readable_message(cluster, tiny_data, tmp_path):
     from memseg_dist.platforms import on_ray
 
