@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from memseg_dist import jsonable
@@ -15,25 +15,33 @@ def require(is_fine: object, key: str, value: Any, wanted: str) -> None:
         raise ValueError(f"{key} is {value!r}; it must be {wanted}")
 
 
-def check_numbers(
-    settings: Any,
-    section: str = "",
-    *,
-    positive: Sequence[str] = (),
-    not_negative: Sequence[str] = (),
-    shares: Sequence[str] = (),
-) -> None:
-    """Fields that must be above 0, at least 0, or from 0 to 1; a field that is None is fine.
+class Bound(NamedTuple):
+    """What a number in a settings class must be; it stands in the field's annotation."""
+
+    fits: Callable[[float], bool]
+    wanted: str
+
+
+_POSITIVE = Bound(lambda value: value > 0, "above 0")
+_NOT_NEGATIVE = Bound(lambda value: value >= 0, "0 or more")
+Positive: TypeAlias = Annotated[float, _POSITIVE]
+PositiveInt: TypeAlias = Annotated[int, _POSITIVE]
+NotNegative: TypeAlias = Annotated[float, _NOT_NEGATIVE]
+NotNegativeInt: TypeAlias = Annotated[int, _NOT_NEGATIVE]
+Share: TypeAlias = Annotated[float, Bound(lambda value: 0 <= value <= 1, "from 0 to 1")]
+
+
+def check_numbers(settings: Any, section: str = "") -> None:
+    """Fields whose annotation has a `Bound`; a field that is None is fine.
 
     section: the dotted key of `settings`, with its last dot ("optimizer.").
     """
-    for name in (*positive, *not_negative, *shares):
-        value, key = getattr(settings, name), section + name
-        if value is None:
-            continue
-        require(name not in positive or value > 0, key, value, "above 0")
-        require(name not in not_negative or value >= 0, key, value, "0 or more")
-        require(name not in shares or 0 <= value <= 1, key, value, "from 0 to 1")
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        for part in (hint, *get_args(hint)):
+            for bound in getattr(part, "__metadata__", ()):
+                value = getattr(settings, name)
+                if isinstance(bound, Bound) and value is not None:
+                    require(bound.fits(value), section + name, value, bound.wanted)
 
 
 def check_leaves(settings: Any) -> None:

@@ -17,6 +17,10 @@ import tyro
 
 from memseg_dist import jsonable
 from memseg_dist.checks import (
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    PositiveInt,
     check_leaves,
     check_numbers,
     check_pairs,
@@ -72,20 +76,15 @@ class ValidationConfig:
     """Class uids that never had a mask in training."""
     exclude: Uids = ()
     """Class uids that neither compete nor are scored, as a background without a map."""
-    max_images: int | None = None
+    max_images: PositiveInt | None = None
     """Evaluate on the first so many images only."""
-    num_panels: int = 4
+    num_panels: NotNegativeInt = 4
     """How many images are drawn as image | truth | prediction | maps; 0 leaves out the pixels
     around the class vectors too.
     """
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "validation.",
-            positive=("max_images",),
-            not_negative=("num_panels",),
-        )
+        check_numbers(self, "validation.")
         check_view(self.mode, self.resize, self.window, self.stride, "validation.")
         check_scales(self.scales, "validation.scales")
         check_pairs(self.swap, "validation.swap")
@@ -99,13 +98,13 @@ class OptimizerConfig:
 
     kind: Literal["sgd", "adamw"] = "sgd"
     """Stochastic gradient descent with momentum, or Adam with decoupled weight decay."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Highest learning rate."""
-    momentum: float = 0.9
+    momentum: NotNegative = 0.9
     """SGD only."""
     nesterov: bool = False
     """SGD only."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Not applied to biases, norms and other tensors of fewer than two axes, but see
     `decay_norms_and_biases`."""
     decay_norms_and_biases: bool = False
@@ -114,33 +113,25 @@ class OptimizerConfig:
     """AdamW only."""
     schedule: Literal["poly", "step"] = "poly"
     """poly: the rate falls to `min_lr` along a polynomial; step: it falls at the `milestones`."""
-    power: float = 0.9
+    power: NotNegative = 0.9
     """poly: lr(step) = (lr - min_lr) * (1 - step / steps) ** power + min_lr."""
-    min_lr: float = 1e-5
+    min_lr: NotNegative = 1e-5
     """poly only."""
     milestones: tuple[int, ...] = ()
     """step: from each of these steps on the rate is `decay` times what it was."""
-    decay: float = 0.1
+    decay: Positive = 0.1
     """step: factor on the rate at a milestone."""
-    warmup_steps: int = 0
+    warmup_steps: NotNegativeInt = 0
     """The learning rate rises linearly over so many steps."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Gradients are scaled down to this global L2 norm."""
-    backbone_lr_scale: float = 1.0
+    backbone_lr_scale: NotNegative = 1.0
     """Learning rate of the parameters under `backbone.`, relative to the others."""
-    bias_lr_scale: float = 1.0
+    bias_lr_scale: NotNegative = 1.0
     """Further factor on the learning rate of every `bias` of one axis."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "optimizer.",
-            positive=("lr", "clip_norm", "decay"),
-            not_negative=(
-                "momentum", "weight_decay", "power", "min_lr", "warmup_steps",
-                "backbone_lr_scale", "bias_lr_scale",
-            ),
-        )  # fmt: skip
+        check_numbers(self, "optimizer.")
         if self.schedule == "poly":
             wanted = f"at most lr ({self.lr})"
             require(self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, wanted)
@@ -220,7 +211,7 @@ class LaunchConfig:
     workers: int | tuple[int, int] = 1
     """How many workers, or (min, max): as many as an elastic cluster gives, or as this machine has
     GPUs or else cores. At most as many as there are slots."""
-    cpus_per_worker: int = 1
+    cpus_per_worker: PositiveInt = 1
     """Cores that Ray reserves for each worker."""
     use_gpu: bool | None = None
     """One GPU per worker; by default if there is a GPU."""
@@ -228,14 +219,14 @@ class LaunchConfig:
     """Address of a running Ray cluster; by default the one that the environment names, or none."""
     max_failures: int = 3
     """How often a failed group of workers is restarted from the last checkpoint; -1: always."""
-    timeout_s: float = 900.0
+    timeout_s: Positive = 900.0
     """How long a worker waits for the others in a collective before it fails and names those that
     did not come, in seconds. Above loader.timeout_s, so that a read that hangs is named as such."""
 
     def __post_init__(self) -> None:
         low, high = self.workers_range
         require(1 <= low <= high, "launch.workers", self.workers, "1 or more, as n or (min, max)")
-        check_numbers(self, "launch.", positive=("cpus_per_worker", "timeout_s"))
+        check_numbers(self, "launch.")
         require(self.max_failures >= -1, "launch.max_failures", self.max_failures, "-1 or more")
 
     @property
@@ -262,40 +253,39 @@ class TrackingConfig:
 class LoaderConfig:
     """How samples are read; changes nothing in what is read."""
 
-    processes: int = 2
+    processes: NotNegativeInt = 2
     """Loader processes per worker; 0 reads in the worker itself. Ray keeps a CPU for each."""
-    prefetch: int = 2
+    prefetch: PositiveInt = 2
     """Micro-batches that each loader process keeps ready."""
     cache_dir: str | None = None
     """Directory of the shard and index cache; by default STORAGE/cache."""
-    cache_bytes: int = 32 * 2**30
+    cache_bytes: PositiveInt = 32 * 2**30
     """The cache forgets the least recently used shards above this size."""
-    timeout_s: float = TIMEOUT_S
+    timeout_s: Positive = TIMEOUT_S
     """How long a worker waits for a batch before it fails and names the shard that hangs, in
     seconds; with `processes` 0 it waits for ever."""
 
     def __post_init__(self) -> None:
-        positive = ("prefetch", "cache_bytes", "timeout_s")
-        check_numbers(self, "loader.", positive=positive, not_negative=("processes",))
+        check_numbers(self, "loader.")
 
 
 @dataclass(frozen=True)
 class Intervals:
     """How often something happens, in steps. What has an interval also happens after the last."""
 
-    log: int = 50
+    log: PositiveInt = 50
     """How often losses and speed are reported."""
-    evaluate: int = 5000
+    evaluate: PositiveInt = 5000
     """How often the validation set is scored."""
-    checkpoint: int = 1000
+    checkpoint: PositiveInt = 1000
     """How often all of the run is saved."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: PositiveInt = 3
     """So many of the newest checkpoints are kept."""
-    poll: int = 10
+    poll: PositiveInt = 10
     """How often the workers ask whether to stop (preemption, SIGTERM)."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "every.", positive=[f.name for f in dataclasses.fields(self)])
+        check_numbers(self, "every.")
 
 
 @dataclass(frozen=True)
@@ -316,7 +306,7 @@ class RunConfig:
     """Files go to STORAGE/NAME; starting the same name again resumes it."""
     storage: str
     """Directory, or fsspec URL (s3://bucket/runs), that every worker can reach."""
-    steps: int = 320_000
+    steps: PositiveInt = 320_000
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Of the fresh weights, the order of the samples and all that is drawn while training."""
@@ -339,7 +329,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_leaves(self)
-        check_numbers(self, positive=("steps",))
+        check_numbers(self)
         is_name = self.name.strip(".") and not set(self.name) & {"/", "\\", "\0", "\n"}
         require(is_name, "name", self.name, "a folder's name without '/'")
         require(bool(self.sources), "sources", self.sources, "at least one source")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE, UNREADABLE, Batch, Supervision, derive_seed
-from memseg_dist.checks import check_numbers, check_pairs, require
+from memseg_dist.checks import NotNegativeInt, PositiveInt, check_numbers, check_pairs, require
 from memseg_dist.data.augment import AugmentConfig, Augmented, augment, swap_ids
 from memseg_dist.data.cache import ShardCache
 from memseg_dist.data.decode import CorruptSample
@@ -37,9 +37,9 @@ class Source:
     supervision: Supervision
     """masks: every sample has one; labels: image labels only; none: neither masks nor labels are
     looked at, whatever the shards have."""
-    slots: int = 1
+    slots: NotNegativeInt = 1
     """Its micro-batches of a step. 0: it gives the label space its classes and is not read."""
-    batch_per_slot: int = 2
+    batch_per_slot: PositiveInt = 2
     """Samples in a micro-batch."""
     augment: AugmentConfig = AugmentConfig()
     """How its images are cut into crops and changed."""
@@ -58,7 +58,7 @@ class Source:
     sqrt(threshold / f) times an epoch, at least once. None: every image once."""
     on_corrupt: Literal["raise", "skip"] = "raise"
     """skip: a sample that cannot be read is left blank and counted; raise: it ends the run."""
-    group: int = 16
+    group: PositiveInt = 16
     """So many shards are shuffled together."""
     saliency: str | None = None
     """Folder or fsspec URL of 8-bit grey PNGs KEY.png of the images' sizes, 255 = salient; they are
@@ -75,7 +75,7 @@ class Source:
         object.__setattr__(self, "swap_on_flip", tuple(map(tuple, self.swap_on_flip)))
         where = f"source {self.name!r}: "
         check_pairs(self.swap_on_flip, where + "swap_on_flip")
-        check_numbers(self, where, positive=("batch_per_slot", "group"), not_negative=("slots",))
+        check_numbers(self, where)
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             require(value in known, where + name, value, f"one of {known}")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg_dist.batch import Batch, Clock, onto_device
-from memseg_dist.checks import check_numbers
+from memseg_dist.checks import Share, check_numbers
 from memseg_dist.methods.method import LinearLogits, Method, MethodConfig
 from memseg_dist.methods.pairs import check_source
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ClassifyConfig(MethodConfig):
     kind: Literal["classify"] = "classify"
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """Share of the target that is spread over all classes."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "method.", shares=("label_smoothing",))
+        check_numbers(self, "method.")
 
     def build(self, setup: Setup) -> Classify:
         backbone = setup.build_backbone()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.checks import check_numbers
+from memseg_dist.checks import Share, check_numbers
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.memory.state import Reader
 from memseg_dist.methods.method import Method
@@ -130,13 +130,13 @@ class ArgmaxLabeller(LabellerConfig):
     """A teacher's hard pseudo labels: the most probable class, where it is probable enough."""
 
     kind: Literal["argmax"] = "argmax"
-    threshold: float = 0.5
+    threshold: Share = 0.5
     """Unknown: pixels whose largest probability is below this."""
     restrict_to_labels: bool = True
     """Only the image's own classes compete, where it has labels; else all trained classes do."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "labeller.", shares=("threshold",))
+        check_numbers(self, "labeller.")
 
     def open(self, model: LabellingModel) -> Label:
         def label(picture: Picture) -> Labelled:

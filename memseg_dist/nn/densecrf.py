@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memseg_dist.checks import check_numbers
+from memseg_dist.checks import NotNegative, NotNegativeInt, Positive, check_numbers
 from memseg_dist.nn.permutohedral import Lattice
 
 Filter = Callable[[Tensor], Tensor]
@@ -40,26 +40,21 @@ SMALLEST = 1e-5
 class CrfConfig:
     """The kernels' widths and weights; defaults: those of RCA's label fusion."""
 
-    iterations: int = 10
+    iterations: NotNegativeInt = 10
     """Mean-field updates of the whole picture."""
-    gaussian_sxy: float = 3.0
+    gaussian_sxy: Positive = 3.0
     """Standard deviation of the smoothness kernel in pixels."""
-    gaussian_compat: float = 3.0
+    gaussian_compat: NotNegative = 3.0
     """Weight of the smoothness kernel."""
-    bilateral_sxy: float = 80.0
+    bilateral_sxy: Positive = 80.0
     """Standard deviation of the appearance kernel in pixels ..."""
-    bilateral_srgb: float = 13.0
+    bilateral_srgb: Positive = 13.0
     """... and in levels of red, green and blue (0..255)."""
-    bilateral_compat: float = 10.0
+    bilateral_compat: NotNegative = 10.0
     """Weight of the appearance kernel."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "crf.",
-            positive=("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"),
-            not_negative=("iterations", "gaussian_compat", "bilateral_compat"),
-        )
+        check_numbers(self, "crf.")
 
 
 DEEPLAB = CrfConfig(gaussian_sxy=1.0, bilateral_sxy=67.0, bilateral_srgb=3.0, bilateral_compat=4.0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from memseg_dist.checks import check_numbers, require
+from memseg_dist.checks import NotNegative, Positive, PositiveInt, check_numbers, require
 from memseg_dist.memory.layouts import TableKind
 from memseg_dist.methods.larvseg.attention import BackgroundReduction
 from memseg_dist.methods.method import Method, MethodConfig
@@ -26,19 +26,19 @@ class LarvSegConfig(MethodConfig):
     attention: Literal["cross_image", "single_image", "off"] = "cross_image"
     """Where L_aux looks: by the memory, at the image's pixels of high score by the classifier
     (Table 5), or no L_aux."""
-    cls_weight: float = 0.1
+    cls_weight: NotNegative = 0.1
     """lambda_cls."""
-    aux_weight: float = 0.1
+    aux_weight: NotNegative = 0.1
     """lambda_aux."""
     source_weights: Mapping[str, float] = field(default_factory=dict)
     """Factor on one loss of a source, by SOURCE/LOSS as the figures name it ("weak_ade/aux"), or on
     all losses of a source, by its name; 1 where not given. A source whose "aux" is 0 does not feed
     the memory either (Table 4)."""
-    capacity: int = 20
+    capacity: PositiveInt = 20
     """M: events that the memory keeps per class."""
-    top_k: int = 20
+    top_k: PositiveInt = 20
     """K: pixels that make one event."""
-    warm_up: int | None = None
+    warm_up: PositiveInt | None = None
     """Events that a class needs before L_aux uses it; None: a full memory, M."""
     memory_scope: Literal["global", "slot"] = "global"
     """One memory for all slots, or one each as in the official code, whose GPUs never exchange."""
@@ -58,9 +58,9 @@ class LarvSegConfig(MethodConfig):
     """A class that is not warm is no background."""
     pool_by_attention: bool = False
     """Divide the attentive pooling by the sum of the attention, not by the number of positions."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """tau of Eq. 5."""
-    logit_scale: float | None = None
+    logit_scale: Positive | None = None
     """A fixed scale of the plain cosine; None: normalised over the classes, learned scale."""
     seg_denominator: Denominator = "all"
     """Divide L_seg by all pixels, or by the labelled ones."""
@@ -70,12 +70,7 @@ class LarvSegConfig(MethodConfig):
     """Padding takes no part in pooling, top-K and z-score."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "method.",
-            positive=("capacity", "top_k", "warm_up", "temperature", "logit_scale"),
-            not_negative=("cls_weight", "aux_weight"),
-        )
+        check_numbers(self, "method.")
         wanted = f"at most method.capacity ({self.capacity}): no class would ever have so many"
         is_reached = self.warm_up is None or self.warm_up <= self.capacity
         require(is_reached, "method.warm_up", self.warm_up, wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from memseg_dist.checks import check_numbers, require
+from memseg_dist.checks import NotNegative, PositiveInt, Share, check_numbers, require
 from memseg_dist.methods.mcibi.statistics import Weighting
 from memseg_dist.methods.method import Method, MethodConfig
 from memseg_dist.methods.pairs import check_masks_only
@@ -38,11 +38,11 @@ class MCIBIConfig(MethodConfig):
     downsample: bool = False
     """One more convolution of stride 2 on the joined map of `pixels` all, for HRNet on
     Cityscapes and LIP."""
-    dim: int = 512
+    dim: PositiveInt = 512
     """C, channels of pixel representations, memory and heads."""
-    dropout: float = 0.1
+    dropout: Share = 0.1
     """Share of the channels dropped before a head's last convolution."""
-    transform_layers: int = 2
+    transform_layers: PositiveInt = 2
     """1 x 1 convolutions in g_q and g_k."""
     fusion: Literal["concat", "add", "weighted_add"] = "concat"
     """F of Eq. 4 for R and C_bi (Table 1)."""
@@ -52,12 +52,12 @@ class MCIBIConfig(MethodConfig):
     """Sides of the pooled maps of ppm and uper."""
     rates: tuple[int, ...] = (12, 24, 36)
     """Dilations of aspp; 6 12 18 for maps of stride 16."""
-    distribution_weight: float = 0.4
+    distribution_weight: NotNegative = 0.4
     """alpha of Eq. 19, of W's loss."""
-    consistency_weight: float = 1.0
+    consistency_weight: NotNegative = 1.0
     """beta of Eq. 19, of representation consistent learning; 0: off. Of a memory of features only:
     the controls have none."""
-    consistency_epochs: float = 2.0
+    consistency_epochs: NotNegative = 2.0
     """Epochs before it begins."""
     consistency_norm: Literal["running", "batch"] = "running"
     """How H2's BatchNorm sees the memory's vectors: by its running statistics, or (the code) as a
@@ -65,22 +65,22 @@ class MCIBIConfig(MethodConfig):
     aux_heads: tuple[int, ...] = (-2,)
     """Auxiliary heads, by the places in `stages` of the maps they read; OCR's regions are the last
     one's."""
-    aux_weight: float = 0.4
+    aux_weight: NotNegative = 0.4
     """Of each auxiliary head's loss."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """m_0: the share of the new value (not of the old one)."""
     momentum_schedule: Literal["poly", "constant"] = "poly"
     """poly: the momentum falls over the steps, Eq. 7; constant: it stays m_0."""
-    momentum_power: float = 0.9
+    momentum_power: NotNegative = 0.9
     """p of Eq. 7."""
-    momentum_floor: float = 0.01
+    momentum_floor: Share = 0.01
     """The end of Eq. 7, as a share of m_0."""
     weighting: Weighting = "cosine"
     """Pixels weigh by their distance from the memory (Eq. 9, 10), or all the same."""
     first_vector: Literal["mean", "pixel", "cluster"] = "mean"
     """A class's first vector: the mean of its pixels in the step it first occurs in, random ones of
     them, or the centre of a cluster of random ones of the first steps."""
-    first_steps: int = 20
+    first_steps: PositiveInt = 20
     """Steps whose pixels are clustered; until then the memory is empty."""
     detach_weights: bool = False
     """Keep the final loss from training H1 through W."""
@@ -88,16 +88,7 @@ class MCIBIConfig(MethodConfig):
     """Divide the pixels' losses by the labelled pixels, or by all."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "method.",
-            positive=("dim", "transform_layers", "first_steps"),
-            not_negative=(
-                "distribution_weight", "consistency_weight", "consistency_epochs", "aux_weight",
-                "momentum_power",
-            ),
-            shares=("momentum", "momentum_floor", "dropout"),
-        )  # fmt: skip
+        check_numbers(self, "method.")
         require(bool(self.stages), "method.stages", self.stages, "one stage or more")
         for name, values in (("bins", self.bins), ("rates", self.rates)):
             wanted = "one number or more, from 1 up"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from memseg_dist.checks import check_numbers, require
+from memseg_dist.checks import NotNegative, Positive, PositiveInt, Share, check_numbers, require
 from memseg_dist.methods.method import Method, MethodConfig
 from memseg_dist.methods.pseudoseg.augment import Brightness
 from memseg_dist.methods.pseudoseg.fusion import NormScope
@@ -34,17 +34,17 @@ class PseudoSegConfig(MethodConfig):
     hypercolumn) and the last."""
     rates: tuple[int, ...] = (6, 12, 18)
     """Dilations of the pyramid on the last map."""
-    dim: int = 256
+    dim: PositiveInt = 256
     """Channels of the pyramid and the decoder."""
-    attention_dim: int = 128
+    attention_dim: PositiveInt = 128
     """Channels of keys and queries."""
-    dropout: float = 0.1
+    dropout: Share = 0.1
     """Of the pyramid's output."""
-    classifier_dropout: float = 0.0
+    classifier_dropout: Share = 0.0
     """Of the pooled features that the classifier reads; the code: 0.5 with Xception, else 0."""
-    gamma: float = 0.5
+    gamma: Share = 0.5
     """Weight of the decoder in the fusion; the paper: 0.3 where there are many masks."""
-    temperature: float = 0.5
+    temperature: Positive = 0.5
     """T of the sharpening; 1: off. The paper: 0.7 where there are many masks."""
     norm_scope: NormScope = "batch"
     """What the root mean square of Eq. 4 is taken over: the slot, each image, or each source."""
@@ -53,23 +53,23 @@ class PseudoSegConfig(MethodConfig):
     SGD leaves it near 0, Adam lets it grow until r flattens the pseudo labels."""
     hard: bool = False
     """One-hot pseudo labels instead of soft ones."""
-    threshold: float = 0.0
+    threshold: Share = 0.0
     """Only positions whose pseudo label is at least so probable teach; 0: all."""
-    unlabelled_weight: float = 1.0
+    unlabelled_weight: NotNegative = 1.0
     """Of L_u."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the run over which the weight of L_u rises from 0."""
-    classification_weight: float = 1.0
+    classification_weight: NotNegative = 1.0
     """Of L_x."""
-    activation_weight: float = 1.0
+    activation_weight: NotNegative = 1.0
     """Of L_sa."""
-    shown_from: float = 0.5
+    shown_from: Share = 0.5
     """The classifier's probability from which an unlabelled image is taken to show a class."""
-    jitter: float = 0.5
+    jitter: Share = 0.5
     """Strength of the colour jitter of the strong view; hue: half of it."""
     jitter_brightness: Brightness = "additive"
     """Whether the jitter shifts the brightness or scales it."""
-    cutout: float = 0.19
+    cutout: Share = 0.19
     """Side of the cut-out box, a share of the crop's; 0: none."""
     strong_statistics: bool = False
     """Let the strong view move BatchNorm's running statistics as well, as the code does."""
@@ -80,18 +80,7 @@ class PseudoSegConfig(MethodConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "rates", tuple(self.rates))
-        check_numbers(
-            self,
-            "method.",
-            positive=("dim", "attention_dim", "temperature"),
-            not_negative=(
-                "unlabelled_weight", "classification_weight", "activation_weight", "jitter",
-            ),
-            shares=(
-                "dropout", "classifier_dropout", "gamma", "threshold", "warmup", "shown_from",
-                "jitter", "cutout",
-            ),
-        )  # fmt: skip
+        check_numbers(self, "method.")
         require(len(self.stages) == 3, "method.stages", self.stages, "three stages, ascending")
         wanted = "one or more dilations, from 1 up"
         require(self.rates and min(self.rates) > 0, "method.rates", self.rates, wanted)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.checks import check_numbers
+from memseg_dist.checks import Share, check_numbers
 from memseg_dist.methods.labeller import Label, Labelled, LabellerConfig, LabellingModel, Picture
 from memseg_dist.methods.method import evaluation_mode
 from memseg_dist.methods.pseudoseg.method import PseudoSeg
@@ -25,14 +25,14 @@ class FusionLabeller(LabellerConfig):
     kind: Literal["fusion"] = "fusion"
     source: Literal["sharpened", "decoder", "activation"] = "sharpened"
     """The fused and sharpened label, or one of the two that it is fused from."""
-    threshold: float = 0.0
+    threshold: Share = 0.0
     """Unknown: pixels whose largest probability is below this."""
     restrict_to_labels: bool = True
     """The activation is of the image's own labels, where it has some; else of the classes that the
     classifier sees."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "labeller.", shares=("threshold",))
+        check_numbers(self, "labeller.")
 
     def check(self, model: LabellingModel) -> None:
         method = model.method

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from memseg_dist.checks import check_numbers, require
+from memseg_dist.checks import (
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    PositiveInt,
+    Share,
+    check_numbers,
+    require,
+)
 from memseg_dist.memory.layouts import TableKind
 from memseg_dist.methods.method import Method, MethodConfig
 from memseg_dist.methods.rca.aggregation import AttentionScale
@@ -26,51 +34,51 @@ class RCAConfig(MethodConfig):
     """Settings of the method; the defaults are the paper's, completed as `method` says."""
 
     kind: Literal["rca"] = "rca"
-    contrast_weight: float = 0.01
+    contrast_weight: NotNegative = 0.01
     """alpha_1; 0: no semantic contrast (RSC)."""
-    intermediate_weight: float = 0.4
+    intermediate_weight: NotNegative = 0.4
     """alpha_2, of the loss of the intermediate map P."""
     aggregation: Literal["attention", "linear", "off"] = "attention"
     """How prototypes are read (RSA): softmax attention, the code's linear form, or not at all."""
     attention_scale: AttentionScale = "sqrt_dim"
     """Inner products of the attention: divided by the root of their dimension, as they are (the
     paper), or of unit vectors over a temperature."""
-    attention_temperature: float = 0.07
+    attention_temperature: Positive = 0.07
     """Of the attention with scale "cosine"."""
-    saliency_weight: float = 0.0
+    saliency_weight: NotNegative = 0.0
     """Of the saliency-supervised loss of EPS on O; above 0 O gets a background channel, its maps
     are a softmax over L + 1 channels, and every source needs `saliency`."""
-    saliency_overlap: float = 0.4
+    saliency_overlap: Share = 0.4
     """EPS: a class whose map overlaps less with the saliency is on the background's side."""
-    saliency_foreground: float = 0.5
+    saliency_foreground: Share = 0.5
     """EPS: the share of the foreground in the estimated saliency (VOC 0.5, COCO 0.9)."""
     head: CamHead = "linear"
     """Layers of F_CAM for P."""
     final_head: CamHead = "linear"
     """Layers of F_CAM for O."""
-    head_width: int = 512
+    head_width: PositiveInt = 512
     """Channels of the heads' 3 x 3 convolutions."""
-    reduce_to: int | None = None
+    reduce_to: PositiveInt | None = None
     """A 1 x 1 convolution to so many channels before memory and aggregation (for D = 4096)."""
     projector: bool = False
     """The code's two 3 x 3 convolutions on the query side of the contrast alone."""
     region_mask: RegionMask = "mean"
     """M: where P, or its softmax over the classes (the code), exceeds its own mean."""
-    momentum: float = 0.99
+    momentum: Share = 0.99
     """gamma of Eq. 3: the weight of what is remembered."""
     gate: float = 0.7
     """nu: a region with a lower score does not change the memory."""
     gate_by: Literal["output", "intermediate"] = "output"
     """The score: sigmoid of the final map's mean (the code), or the bare mean of P (the paper)."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """tau of Eq. 4."""
     contrast_reduction: Literal["mean", "sum"] = "mean"
     """Over the images of a slot."""
-    warmup_epochs: int = 1
+    warmup_epochs: NotNegativeInt = 1
     """Epochs without contrast."""
     mixup: bool = True
     """Contrast mixtures of two regions (Eq. 5, 6)."""
-    mixup_beta: float = 8.0
+    mixup_beta: Positive = 8.0
     """omega ~ Beta(beta, beta)."""
     mixup_pair: MixupPair = "other_class"
     """The partner is of another image and class, or any region of the batch (the code)."""
@@ -78,37 +86,25 @@ class RCAConfig(MethodConfig):
     """Where the partner is drawn from. "slot" saves the preview that several slots need."""
     keying: Keying = "image"
     """A row per (class, image), or rings of rows as in the code."""
-    capacity: int | None = None
+    capacity: PositiveInt | None = None
     """Rows per class: None for a row per image (keying "ring": 500)."""
     noise: bool = False
     """Rows and prototypes start as N(0, 1) and count as set."""
     memory_table: TableKind = "sharded"
     """Spread the memory over the workers, or keep the whole of it on each."""
-    num_prototypes: int | None = 10
+    num_prototypes: PositiveInt | None = 10
     """K; None: every row is a prototype."""
-    prototype_steps: int | None = None
+    prototype_steps: PositiveInt | None = None
     """Steps between two clusterings; None: one epoch."""
-    kmeans_starts: int = 1
+    kmeans_starts: PositiveInt = 1
     """Random starts of each clustering; the best one counts."""
-    map_size: int = 46
+    map_size: NotNegativeInt = 46
     """Side of the accumulated activation maps; 0: none are kept."""
-    map_gate: float = 0.1
+    map_gate: Share = 0.1
     """A map is accumulated if sigmoid(GAP(O)) of its class is at least this."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "method.",
-            positive=(
-                "temperature", "attention_temperature", "head_width", "reduce_to", "kmeans_starts",
-                "mixup_beta", "num_prototypes", "prototype_steps", "capacity",
-            ),
-            not_negative=(
-                "contrast_weight", "saliency_weight", "intermediate_weight", "warmup_epochs",
-                "map_size",
-            ),
-            shares=("saliency_overlap", "saliency_foreground", "momentum", "map_gate"),
-        )  # fmt: skip
+        check_numbers(self, "method.")
         is_share = self.gate_by != "output" or 0 <= self.gate <= 1
         wanted = "from 0 to 1, as method.gate_by 'output' is"
         require(is_share, "method.gate", self.gate, wanted)

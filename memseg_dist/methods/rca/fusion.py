@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.checks import check_numbers
+from memseg_dist.checks import Positive, Share, check_numbers
 from memseg_dist.nn.densecrf import CrfConfig, check_image, dense_crf
 
 Scores = NDArray[np.float32]
@@ -47,22 +47,22 @@ Scores = NDArray[np.float32]
 class FusionConfig:
     """How maps become labels; the defaults are RCA's."""
 
-    background_power: float | None = 4.0
+    background_power: Positive | None = 4.0
     """The background's score is (1 - the largest class score) to this power; None: see below."""
-    background_score: float | None = None
+    background_score: Share | None = None
     """The background's score where background_power is None: the same in every pixel."""
-    zero_below: float = 0.0
+    zero_below: Share = 0.0
     """Class scores below this are set to 0 first."""
     use_crf: bool = True
     """Whether the marginals of a fully connected CRF replace the scores."""
     crf: CrfConfig = field(default_factory=CrfConfig)
-    conflict: float | None = 0.9
+    conflict: Share | None = 0.9
     """Unknown: pixels where two scores or more are above this. None: no such rule."""
-    salient: float | None = 32 / 255
+    salient: Share | None = 32 / 255
     """Unknown: background pixels with at least this saliency. None: no such rule."""
-    confident: float | None = 0.8
+    confident: Share | None = 0.8
     """Unknown: background pixels where a class scores above this. None: no such rule."""
-    min_foreground: float = 0.01
+    min_foreground: Share = 0.01
     """Unknown as a whole: images with a smaller share of labelled foreground. 0: no such rule."""
 
     def __post_init__(self) -> None:
@@ -71,15 +71,7 @@ class FusionConfig:
                 f"fusion.background_power {self.background_power} and fusion.background_score "
                 f"{self.background_score}: give one of them, and None for the other"
             )
-        check_numbers(
-            self,
-            "fusion.",
-            positive=("background_power",),
-            shares=(
-                "background_score", "zero_below", "conflict", "salient", "confident",
-                "min_foreground",
-            ),
-        )  # fmt: skip
+        check_numbers(self, "fusion.")
 
 
 RULES: Mapping[str, FusionConfig] = {

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from memseg_dist.checks import check_numbers, require
+from memseg_dist.checks import (
+    NotNegative,
+    NotNegativeInt,
+    PositiveInt,
+    Share,
+    check_numbers,
+    require,
+)
 from memseg_dist.methods.method import Method, MethodConfig
 
 if TYPE_CHECKING:
@@ -28,13 +35,13 @@ class ThreeStageConfig(MethodConfig):
     stage: Literal[2, 3] = 2
     """The branch that learns the pseudo masks shares all but the last two blocks of the network
     (stage 2), or all but the last (stage 3)."""
-    consistency_weight: float = 0.5
+    consistency_weight: NotNegative = 0.5
     """lambda_1 of Eq. 4 and 5; 0: no consistency loss."""
-    pseudo_weight: float = 0.5
+    pseudo_weight: NotNegative = 0.5
     """lambda_2 of Eq. 4 and 5; 0: no branch, and no pseudo masks are needed."""
     rates: tuple[int, ...] = (6, 12, 18, 24)
     """Dilations of the heads; the code's network uses 6 and 12 alone."""
-    branch_dilation: int | None = None
+    branch_dilation: PositiveInt | None = None
     """Dilation of the branch's own blocks in stage 2; default: 32 over the stride of the maps, as
     a dilated ResNet's last stage has."""
     teacher: Literal["ema", "student"] = "ema"
@@ -49,13 +56,13 @@ class ThreeStageConfig(MethodConfig):
     of every pixel."""
     strong: bool = True
     """Change the unlabelled images by A, and their targets by B."""
-    randaugment_ops: int = 3
+    randaugment_ops: NotNegativeInt = 3
     """Operations of RandAugment that are drawn per image."""
-    randaugment_chance: float = 0.5
+    randaugment_chance: Share = 0.5
     """That a drawn one is applied."""
-    cutout_boxes: int = 3
+    cutout_boxes: NotNegativeInt = 3
     """Squares per image that the student does not see."""
-    cutout_share: float = 0.1
+    cutout_share: Share = 0.1
     """Side of a box as a share of the crop's shorter side."""
     keep_cutout_pixels: bool = True
     """The student has to say what is under the boxes; off: these pixels count in no loss."""
@@ -63,15 +70,7 @@ class ThreeStageConfig(MethodConfig):
     """Which network is validated and labels; without a moving average it is the student."""
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self,
-            "method.",
-            positive=("branch_dilation",),
-            not_negative=(
-                "consistency_weight", "pseudo_weight", "randaugment_ops", "cutout_boxes",
-            ),
-            shares=("randaugment_chance", "cutout_share"),
-        )  # fmt: skip
+        check_numbers(self, "method.")
         decays, until = self.decays, self.decay_until
         is_fine = bool(decays) and all(0 <= decay <= 1 for decay in decays)
         require(is_fine, "method.decays", decays, "one share or more, each from 0 to 1")
