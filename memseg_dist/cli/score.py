@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +17,12 @@ from memseg_dist.data.index import Index
 from memseg_dist.data.pairs import image_counts
 from memseg_dist.data.source import supervised_ids
 from memseg_dist.data.vocabulary import LabelSpace
-from memseg_dist.evaluation.evaluate import EvaluationResult, evaluate, evaluated_classes
+from memseg_dist.evaluation.evaluate import (
+    Evaluation,
+    EvaluationResult,
+    evaluate,
+    evaluated_classes,
+)
 from memseg_dist.evaluation.metrics import EvaluatedClass
 from memseg_dist.evaluation.prototype_probe import PrototypeProbeResult, probe_prototypes
 from memseg_dist.evaluation.sliding import Inference
@@ -63,27 +67,23 @@ def score(
     opened = open_model(model, with_memories=bool(panels))
     settings = inference.resolved(opened)
     dataset, classes = _evaluated(opened, data, settings, ignore_unknown, buckets)
-    images: dict[str, Any] = {
-        "device": opened.device,
-        "max_images": max_images,
-        "num_processes": processes,
-    }
+    evaluation = Evaluation(
+        opened.method, dataset, classes, opened.device, settings, max_images, processes
+    )
     result: EvaluationResult | PrototypeProbeResult
     if prototype_probe:
-        images |= {"num_points": points, "num_runs": runs}
-        result = probe_prototypes(opened.method, dataset, classes, **images)
+        result = probe_prototypes(evaluation, num_points=points, num_runs=runs)
     else:
-        result = evaluate(opened.method, dataset, classes, inference=settings, **images)
+        result = evaluate(evaluation)
     print(f"{model.checkpoint} (step {opened.step})\n{result.table()}")
     if out is not None:
         folder = make_folder(out)
         (folder / "scores.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
         if isinstance(result, EvaluationResult):
             (folder / "classes.csv").write_text(result.scores.class_csv())
-        drawn = draw_panels(opened.method, dataset, classes, panels, opened.device, settings)
-        for number, item in enumerate(drawn):
-            name = "".join(letter if letter.isalnum() else "-" for letter in item.key)
-            Image.fromarray(item.image).save(folder / f"panel-{number:02d}-{name}.png")
+        for number, (key, picture) in enumerate(draw_panels(evaluation, panels)):
+            name = "".join(letter if letter.isalnum() else "-" for letter in key)
+            Image.fromarray(picture).save(folder / f"panel-{number:02d}-{name}.png")
         print(f"written to {out}")
 
 

@@ -17,33 +17,22 @@ from torch import Tensor
 
 from memseg_dist import dist
 from memseg_dist.batch import IGNORE
-from memseg_dist.evaluation.evaluate import EvaluationImages, image_count, own_share
-from memseg_dist.evaluation.metrics import EvaluatedClass
+from memseg_dist.evaluation.evaluate import Evaluation
 from memseg_dist.methods.method import Method, evaluation_mode
 
 NUM_BINS = 15
 
 
-def calibration_errors(
-    method: Method,
-    dataset: EvaluationImages,
-    classes: Sequence[EvaluatedClass],
-    *,
-    device: torch.device | str,
-    max_images: int | None = None,
-    num_processes: int = 0,
-) -> dict[str, float]:
+def calibration_errors(evaluation: Evaluation) -> dict[str, float]:
     """ECE by source, 0..1; {} for a method that names none. Collective."""
+    method, device = evaluation.method, evaluation.device
     if type(method).label_sources is Method.label_sources:
         return {}
-    ids = torch.tensor([item.class_id for item in classes], device=device)
     # names are the same on every rank, but a rank may have no image to learn them from
     tallies: dict[str, Tensor] = {}
     with evaluation_mode(method):
-        for image, truth, _ in own_share(
-            dataset, image_count(dataset, max_images), ids, num_processes, show_progress=False
-        ):
-            for name, found in method.label_sources(image[None], ids).items():
+        for image, truth, _ in evaluation.images():
+            for name, found in method.label_sources(image[None], evaluation.ids).items():
                 tally = tallies.setdefault(name, _empty(device))
                 tally += tally_of(found[0], at_centres(truth, found.shape[-2:]))
     names = sorted({name for part in dist.all_gather_object([*tallies]) for name in part})

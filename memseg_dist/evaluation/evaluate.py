@@ -10,6 +10,7 @@ import difflib
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,36 +112,74 @@ def evaluated_classes(
     ]
 
 
-def evaluate(
-    method: Method,
-    dataset: EvaluationImages,
-    classes: Sequence[EvaluatedClass],
-    *,
-    device: torch.device | str,
-    inference: Inference = SLIDE,
-    max_images: int | None = None,
-    num_processes: int = 0,
-    show_progress: bool = True,
-) -> EvaluationResult:
-    """Segment every image over `classes` and compare. A collective: all ranks, the same arguments.
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated: a method on the images of a validation set; each rank has a share of them.
 
-    Truth outside `classes` is not counted. `num_processes` loader processes per rank read ahead.
+    Truth outside `classes` is not counted. max_images: the first so many alone. num_processes:
+    loader processes per rank that read ahead; they import the class of `dataset`.
+    """
+
+    method: Method
+    dataset: EvaluationImages
+    classes: Sequence[EvaluatedClass]
+    device: torch.device | str
+    inference: Inference = SLIDE
+    max_images: int | None = None
+    num_processes: int = 0
+    show_progress: bool = True
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Label-space ids of the classes, on the device."""
+        return torch.tensor([item.class_id for item in self.classes], device=self.device)
+
+    @cached_property
+    def num_images(self) -> int:
+        num_images = len(self.dataset)
+        num_images = num_images if self.max_images is None else min(self.max_images, num_images)
+        if num_images == 0:
+            raise ValueError("nothing to evaluate: the validation set has no images")
+        return num_images
+
+    def images(self) -> Iterator[tuple[Tensor, Tensor, str]]:
+        """This rank's image, truth as positions in `ids` (both on the device), and key; with a
+        progress bar on rank 0.
+        """
+        indices = range(dist.rank(), self.num_images, dist.size())
+        own: Any = Subset(self.dataset, indices)  # type: ignore[arg-type]
+        options = process_options(self.num_processes, TIMEOUT_S)
+        with starting_loader_processes():
+            items = iter(DataLoader(own, batch_size=None, collate_fn=tuple, **options))
+        names = (f"image {index} of the validation set".__str__ for index in indices)
+        named = (next_item(items, name) for name in names)
+        hidden, console = not self.show_progress or dist.rank() != 0, Console(stderr=True)
+        for image, truth, key, _ in track(
+            named, "evaluating", len(indices), console=console, disable=hidden
+        ):
+            truth = to_evaluated(truth.to(self.device), self.ids)
+            yield image.to(self.device, non_blocking=True), truth, key
+
+
+def evaluate(evaluation: Evaluation) -> EvaluationResult:
+    """Segment every image over the classes and compare. A collective: the same on all ranks.
+
     Errors: ValueError for an empty set or class list, naming the image where a map does not fit.
     """
     started = time.monotonic()
-    num_images = image_count(dataset, max_images)
-    metrics = SegmentationMetrics(len(classes), device)
-    ids = torch.tensor([item.class_id for item in classes], device=device)
-    with evaluation_mode(method):
-        for image, truth, key in own_share(dataset, num_images, ids, num_processes, show_progress):
+    metrics = SegmentationMetrics(len(evaluation.classes), evaluation.device)
+    with evaluation_mode(evaluation.method):
+        for image, truth, key in evaluation.images():
             out_size = (truth.shape[-2], truth.shape[-1])
-            prediction = segment(method.predict, image, ids, inference, out_size)
+            prediction = segment(
+                evaluation.method.predict, image, evaluation.ids, evaluation.inference, out_size
+            )
             try:
                 metrics.update(prediction, truth)
             except ValueError as error:
                 raise ValueError(f"image {key!r}: {error}") from error
-    scores = metrics.scores(classes)
-    return EvaluationResult(scores, num_images, time.monotonic() - started)
+    scores = metrics.scores(evaluation.classes)
+    return EvaluationResult(scores, evaluation.num_images, time.monotonic() - started)
 
 
 def to_evaluated(truth: Tensor, class_ids: Tensor) -> Tensor:
@@ -149,36 +188,3 @@ def to_evaluated(truth: Tensor, class_ids: Tensor) -> Tensor:
     lookup[class_ids] = torch.arange(len(class_ids), device=truth.device)
     known = (truth >= 0) & (truth < len(lookup))
     return torch.where(known, lookup[truth.clamp(0, len(lookup) - 1)], IGNORE)
-
-
-def image_count(dataset: EvaluationImages, max_images: int | None) -> int:
-    """How many images are looked at; ValueError if there is none."""
-    num_images = len(dataset) if max_images is None else min(max_images, len(dataset))
-    if num_images == 0:
-        raise ValueError("nothing to evaluate: the validation set has no images")
-    return num_images
-
-
-def own_share(
-    dataset: EvaluationImages,
-    num_images: int,
-    class_ids: Tensor,
-    num_processes: int = 0,
-    show_progress: bool = True,
-) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """This rank's images among the first `num_images`, with a progress bar on rank 0.
-
-    Yields image, truth as positions in `class_ids` (both on its device), and key.
-    """
-    indices = range(dist.rank(), num_images, dist.size())
-    own: Any = Subset(dataset, indices)  # type: ignore[arg-type]
-    options = process_options(num_processes, TIMEOUT_S)
-    with starting_loader_processes():
-        items = iter(DataLoader(own, batch_size=None, collate_fn=tuple, **options))
-    named = (next_item(items, f"image {index} of the validation set".__str__) for index in indices)
-    hidden, console = not show_progress or dist.rank() != 0, Console(stderr=True)
-    for image, truth, key, _ in track(
-        named, "evaluating", len(indices), console=console, disable=hidden
-    ):
-        device = class_ids.device
-        yield image.to(device, non_blocking=True), to_evaluated(truth.to(device), class_ids), key

@@ -13,7 +13,6 @@ pixels of the truth, P points of one class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE, derive_seed
-from memseg_dist.evaluation.evaluate import EvaluationImages, image_count, own_share
-from memseg_dist.evaluation.metrics import EvaluatedClass, SegmentationMetrics, SegmentationScores
-from memseg_dist.methods.method import Method, evaluation_mode
+from memseg_dist.evaluation.evaluate import Evaluation
+from memseg_dist.evaluation.metrics import SegmentationMetrics, SegmentationScores
+from memseg_dist.methods.method import evaluation_mode
 from memseg_dist.nn.resize import interpolation_matrix, padded_size, upsample
 
 STRIP_BYTES = 64 * 2**20
@@ -62,36 +61,29 @@ class PrototypeProbeResult:
 
 
 def probe_prototypes(
-    method: Method,
-    dataset: EvaluationImages,
-    classes: Sequence[EvaluatedClass],
-    *,
-    device: torch.device | str,
-    num_points: int = 1,
-    num_runs: int = 5,
-    seed: int = 0,
-    max_images: int | None = None,
-    num_processes: int = 0,
-    show_progress: bool = True,
+    evaluation: Evaluation, *, num_points: int = 1, num_runs: int = 5, seed: int = 0
 ) -> PrototypeProbeResult:
     """Every image once, whole; `num_runs` draws of the points. A collective."""
     if num_points < 1 or num_runs < 1:
         raise ValueError(f"num_points {num_points} and num_runs {num_runs} must be 1 or more")
-    num_images = image_count(dataset, max_images)
-    metrics = [SegmentationMetrics(len(classes), device) for _ in range(num_runs)]
-    ids = torch.tensor([item.class_id for item in classes], device=device)
-    with evaluation_mode(method):
-        for image, target, key in own_share(dataset, num_images, ids, num_processes, show_progress):
-            features = method.embed(image[None])[0].float()
+    stride = evaluation.method.stride
+    metrics = [
+        SegmentationMetrics(len(evaluation.classes), evaluation.device) for _ in range(num_runs)
+    ]
+    with evaluation_mode(evaluation.method):
+        for image, target, key in evaluation.images():
+            features = evaluation.method.embed(image[None])[0].float()
             size = (image.shape[-2], image.shape[-1])
             with torch.autocast(features.device.type, enabled=False):
-                norm = upsampled_norm(features, size, method.stride)
+                norm = upsampled_norm(features, size, stride)
                 for run, metric in enumerate(metrics):
                     points = draw_points(target, size, num_points, (seed, run, key))
                     if points:  # else every class of the image is smaller than a pixel
-                        label = nearest_prototype(features, norm, points, target, method.stride)
+                        label = nearest_prototype(features, norm, points, target, stride)
                         metric.update(label, target)
-    return PrototypeProbeResult(tuple(metric.scores(classes) for metric in metrics), num_points)
+    return PrototypeProbeResult(
+        tuple(metric.scores(evaluation.classes) for metric in metrics), num_points
+    )
 
 
 def draw_points(

@@ -13,7 +13,7 @@ from memseg_dist.data.loader import EvalDataset
 from memseg_dist.data.pairs import image_counts
 from memseg_dist.data.vocabulary import LabelSpace
 from memseg_dist.evaluation.calibration import calibration_errors
-from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes, image_count
+from memseg_dist.evaluation.evaluate import Evaluation, evaluate, evaluated_classes
 from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.methods.method import Method
 from memseg_dist.train.platform import Tracker
@@ -23,9 +23,9 @@ EVALUATION = "val/"
 
 
 Draw = Callable[..., Iterable[tuple[str, np.ndarray]]]
-"""draw(method, dataset, classes, num_panels, device, inference, charts, class_vectors) -> the
-pictures beside an evaluation's figures, uint8 [H, W, 3] by name. Called on rank 0, no collective.
-charts and class_vectors: what the method's hooks of these names returned.
+"""draw(evaluation, num_panels, charts, class_vectors) -> the pictures beside an evaluation's
+figures, uint8 [H, W, 3] by name. Called on rank 0, no collective. charts and class_vectors: what
+the method's hooks of these names returned.
 """
 
 
@@ -69,41 +69,24 @@ class Validator:
     def __call__(self, method: Method, tracker: Tracker, step: int) -> dict[str, float]:
         """All / Base / Novel mIoU and more; table and pictures logged. Collective."""
         settings = self.settings
-        if dist.rank() == 0:
-            num_images = image_count(self.dataset, settings.max_images)
-            print(f"evaluating {num_images:,} images", flush=True)
         charts, class_vectors = method.charts(), method.class_vectors()
-        result = evaluate(
+        evaluation = Evaluation(
             method,
             self.dataset,
             self.classes,
-            device=self.device,
-            inference=self.inference,
-            max_images=settings.max_images,
-            num_processes=self.config.loader.processes,
+            self.device,
+            self.inference,
+            settings.max_images,
+            self.config.loader.processes,
             show_progress=False,  # it would write over the bar of the run
         )
+        if dist.rank() == 0:
+            print(f"evaluating {evaluation.num_images:,} images", flush=True)
+        result = evaluate(evaluation)
         if dist.rank() == 0 and self.draw is not None:
-            pictures = self.draw(
-                method,
-                self.dataset,
-                self.classes,
-                settings.num_panels,
-                self.device,
-                self.inference,
-                charts,
-                class_vectors,
-            )
-            for name, image in pictures:
+            for name, image in self.draw(evaluation, settings.num_panels, charts, class_vectors):
                 tracker.log_image(name, image, step)
-        errors = calibration_errors(
-            method,
-            self.dataset,
-            self.classes,
-            device=self.device,
-            max_images=settings.max_images,
-            num_processes=self.config.loader.processes,
-        )
+        errors = calibration_errors(evaluation)
         dist.barrier()
         if dist.rank() == 0:
             tracker.log_text(f"validation/step-{step:08d}.csv", result.scores.class_csv())

@@ -15,6 +15,7 @@ from memseg_dist.evaluation.calibration import (
     calibration_errors,
     tally_of,
 )
+from memseg_dist.evaluation.evaluate import Evaluation
 
 
 class Confident(ColorMethod):
@@ -38,7 +39,7 @@ def by_loops(pairs: list[tuple[float, bool]]) -> float:
 
 
 def errors_of() -> dict[str, float]:
-    return calibration_errors(Confident(), Images(), evaluated(), device="cpu")
+    return calibration_errors(Evaluation(Confident(), Images(), evaluated(), "cpu"))
 
 
 def test_equals_the_loops():
@@ -71,7 +72,7 @@ def test_the_same_on_any_number_of_ranks(process_pool):
 
 
 def test_a_method_without_sources_has_no_error():
-    assert calibration_errors(ColorMethod(), Images(), evaluated(), device="cpu") == {}
+    assert calibration_errors(Evaluation(ColorMethod(), Images(), evaluated(), "cpu")) == {}
 
 
 def test_ignored_positions_do_not_count():

@@ -12,22 +12,23 @@ from reference.sliding import segment_dense
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.data.vocabulary import Category, LabelSpace, Vocabulary
-from memseg_dist.evaluation.evaluate import evaluate, evaluated_classes, to_evaluated
+from memseg_dist.evaluation.evaluate import Evaluation, evaluate, evaluated_classes, to_evaluated
 from memseg_dist.evaluation.metrics import SegmentationMetrics
 from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.tools.pictures.draw import choose_images, draw_panels
 
 
 def run(num_images: int = 5, num_processes: int = 0) -> dict:
-    result = evaluate(
+    evaluation = Evaluation(
         ColorMethod(),
         Images(num_images),
         evaluated(),
-        device="cpu",
-        inference=Inference(window=16, stride=10),
+        "cpu",
+        Inference(window=16, stride=10),
         num_processes=num_processes,
         show_progress=False,
     )
+    result = evaluate(evaluation)
     return {key: value for key, value in result.to_json().items() if key != "seconds"}
 
 
@@ -63,9 +64,8 @@ def test_loader_processes_change_nothing():
 
 
 def test_max_images():
-    result = evaluate(
-        ColorMethod(), Images(), evaluated(), device="cpu", max_images=2, show_progress=False
-    )
+    evaluation = Evaluation(ColorMethod(), Images(), evaluated(), "cpu", max_images=2)
+    result = evaluate(evaluation)
     assert result.num_images == 2 and "2 images" in result.table()
     assert json.dumps(result.to_json(), allow_nan=False)
 
@@ -74,7 +74,7 @@ def test_modes_and_gradients_are_left_as_found():
     method = ColorMethod()
     method.norm.eval()
     statistics = method.norm.running_mean.clone()
-    evaluate(method, Images(1), evaluated(), device="cpu", show_progress=False)
+    evaluate(Evaluation(method, Images(1), evaluated(), "cpu", show_progress=False))
     assert method.training and not method.norm.training
     assert torch.equal(method.norm.running_mean, statistics)
     assert method.table.grad is None and torch.is_grad_enabled()
@@ -88,9 +88,9 @@ def test_excluded_and_unknown_ids_are_ignored():
 
 def test_errors_name_the_image_and_the_fix():
     with pytest.raises(ValueError, match="no images"):
-        evaluate(ColorMethod(), Images(0), evaluated(), device="cpu")
+        evaluate(Evaluation(ColorMethod(), Images(0), evaluated(), "cpu"))
     with pytest.raises(ValueError, match="0 entries"):
-        evaluate(ColorMethod(), Images(), [], device="cpu")
+        evaluate(Evaluation(ColorMethod(), Images(), [], "cpu"))
 
 
 @pytest.fixture
@@ -149,6 +149,7 @@ def test_panels_show_novel_classes_first():
     assert len(chosen) == 3 and chosen == choose_images(images, classes, 3)
     assert all(classes[focus].group == "novel" for _, focus in chosen)
     assert {focus for _, focus in chosen} == {4, 5}
-    drawn = draw_panels(ColorMethod(), images, classes, 2, "cpu", Inference(window=16, stride=16))
-    assert len(drawn) == 2 and drawn[0].focus.group == "novel"
-    assert drawn[0].image.dtype == np.uint8 and drawn[0].image.shape[2] == 3
+    inference = Inference(window=16, stride=16)
+    drawn = draw_panels(Evaluation(ColorMethod(), images, classes, "cpu", inference), 2)
+    assert [key for key, _ in drawn] == [images[index][2] for index, _ in chosen[:2]]
+    assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for _, picture in drawn)

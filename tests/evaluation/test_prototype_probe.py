@@ -11,6 +11,7 @@ from evaluation.stand_in import ColorMethod, Images, evaluated
 
 from memseg_dist.batch import IGNORE
 from memseg_dist.evaluation import prototype_probe
+from memseg_dist.evaluation.evaluate import Evaluation
 from memseg_dist.evaluation.metrics import EvaluatedClass
 from memseg_dist.evaluation.prototype_probe import (
     draw_points,
@@ -84,9 +85,7 @@ def test_compact_features_score_100():
             truth = torch.arange(12).div(4, rounding_mode="floor").repeat(9, 1)
             return truth.byte().repeat(3, 1, 1), truth + 3, str(index), ()
 
-    result = probe_prototypes(
-        Perfect(), Stripes(2), evaluated(), device="cpu", num_runs=2, show_progress=False
-    )
+    result = probe_prototypes(Evaluation(Perfect(), Stripes(2), evaluated(), "cpu"), num_runs=2)
     assert result.mean() == 100.0 and result.std() == 0.0
     assert result.runs[0].groups["all"].num_absent == 3
 
@@ -94,16 +93,15 @@ def test_compact_features_score_100():
 def test_a_group_of_which_nothing_is_shown_is_nan():
     shown = Images(1)
     item = EvaluatedClass(999, "name:unseen", "unseen", "novel", None)
-    result = probe_prototypes(
-        ColorMethod(), shown, [*evaluated()[:1], item], device="cpu", show_progress=False
-    )
+    classes = [*evaluated()[:1], item]
+    result = probe_prototypes(Evaluation(ColorMethod(), shown, classes, "cpu"))
     assert math.isnan(result.mean("novel")) and math.isnan(result.std("novel"))
     assert "nan" in result.table()
 
 
 def run_probe():
-    result = probe_prototypes(ColorMethod(), Images(3), evaluated(), device="cpu", num_points=2,
-                             show_progress=False)  # fmt: skip
+    evaluation = Evaluation(ColorMethod(), Images(3), evaluated(), "cpu", show_progress=False)
+    result = probe_prototypes(evaluation, num_points=2)
     return result.to_json(), result.table()
 
 

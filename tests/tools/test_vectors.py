@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from evaluation.stand_in import FIRST_ID, ColorMethod, Images, evaluated
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.evaluation.evaluate import to_evaluated
+from memseg_dist.evaluation.evaluate import Evaluation, to_evaluated
 from memseg_dist.evaluation.metrics import EvaluatedClass
 from memseg_dist.evaluation.sliding import Inference
 from memseg_dist.methods.method import evaluation_mode
@@ -157,9 +155,8 @@ def test_too_little_to_embed_is_no_picture(stars_and_dots):
 
 def test_sampled_pixels_are_features_of_their_class():
     method, dataset = ColorMethod(), Images()
-    ids = torch.arange(FIRST_ID, FIRST_ID + 6)
-    pixels = sample_pixels(method, dataset, ids, "cpu")
-    again = sample_pixels(method, dataset, ids, "cpu")
+    evaluation = Evaluation(method, dataset, evaluated(), "cpu")
+    pixels, again = sample_pixels(evaluation), sample_pixels(evaluation)
     assert all(np.array_equal(one, other) for one, other in zip(pixels, again, strict=True))
     assert pixels.values.shape == (len(pixels.labels), 8) and (np.diff(pixels.labels) >= 0).all()
     assert set(pixels.labels.tolist()) == set(range(6)) and method.training
@@ -169,14 +166,14 @@ def test_sampled_pixels_are_features_of_their_class():
             image, truth, *_ = dataset[index]
             features = method.embed(image[None])[0]
             size = (image.shape[-2], image.shape[-1])
-            target = truth_of_positions(to_evaluated(truth, ids), size, features, 4)
+            target = truth_of_positions(to_evaluated(truth, evaluation.ids), size, features, 4)
             for label in range(6):
                 own.setdefault(label, []).append(features[:, target == label].T.numpy())
     for value, label in zip(pixels.values, pixels.labels.tolist(), strict=True):
         assert (np.concatenate(own[label]) == value).all(axis=1).any()
 
 
-def many_classes(num_classes: int) -> SimpleNamespace:
+def many_classes(num_classes: int) -> Evaluation:
     """A method and images of 40 x 40 positions that show class c in a share that grows with c."""
 
     class Whole(ColorMethod):
@@ -190,16 +187,15 @@ def many_classes(num_classes: int) -> SimpleNamespace:
             truth = (num_classes * torch.linspace(0, 0.9999, 1600).sqrt()).long().view(40, 40)
             return truth.expand(3, 40, 40).byte(), truth, f"{index}", ()
 
-    return SimpleNamespace(method=Whole(), images=Shares(100), ids=torch.arange(num_classes))
+    classes = [EvaluatedClass(number, "", "", None, None) for number in range(num_classes)]
+    return Evaluation(Whole(), Shares(100), classes, "cpu")
 
 
 def test_classes_have_equal_shares_and_of_many_the_largest_are_taken():
-    few = many_classes(4)
-    pixels = sample_pixels(few.method, few.images, few.ids, "cpu")
+    pixels = sample_pixels(many_classes(4))
     assert np.bincount(pixels.labels).tolist() == [MAX_PIXELS // 4] * 4
     assert np.array_equal(pixels.values[:, 0], pixels.labels)
-    many = many_classes(MAX_NAMES + 6)
-    pixels = sample_pixels(many.method, many.images, many.ids, "cpu")
+    pixels = sample_pixels(many_classes(MAX_NAMES + 6))
     labels, counts = np.unique(pixels.labels, return_counts=True)
     assert len(labels) == LARGEST_CLASSES and labels.min() > MAX_NAMES / 2
     assert set(counts) == {MAX_PIXELS // LARGEST_CLASSES}
@@ -219,11 +215,8 @@ def test_truth_is_read_at_the_middle_of_a_position_and_not_in_the_padding():
 
 def drawn(class_vectors, num_panels: int, classes=None) -> dict[str, np.ndarray]:
     inference = Inference(window=16, stride=16)
-    pictures = draw_validation(
-        ColorMethod(), Images(), classes or evaluated(), num_panels, torch.device("cpu"),
-        inference, {}, class_vectors,
-    )  # fmt: skip
-    return dict(pictures)
+    evaluation = Evaluation(ColorMethod(), Images(), classes or evaluated(), "cpu", inference)
+    return dict(draw_validation(evaluation, num_panels, {}, class_vectors))
 
 
 def test_an_evaluation_shows_the_evaluated_class_vectors():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.evaluation.evaluate import EvaluationImages, to_evaluated
+from memseg_dist.evaluation.evaluate import Evaluation, EvaluationImages, to_evaluated
 from memseg_dist.evaluation.metrics import EvaluatedClass
-from memseg_dist.evaluation.sliding import SLIDE, Inference, segment
-from memseg_dist.methods.method import PER_CLASS, Method, evaluation_mode
+from memseg_dist.evaluation.sliding import segment
+from memseg_dist.methods.method import PER_CLASS, evaluation_mode
 from memseg_dist.nn.resize import upsample_positions
 from memseg_dist.tools.pictures.panels import Pixels, fit, panel, to_pixels
 from memseg_dist.tools.pictures.vectors import draw_class_vectors
@@ -27,62 +26,38 @@ MAX_BARS, MAX_NAMED_BARS = 128, 200
 """A chart of more figures, or of more classes, is a histogram."""
 
 
-@dataclass(frozen=True)
-class DrawnPanel:
-    """`image`: uint8 [H, W, 3]; `focus`: the class whose maps are shown."""
-
-    key: str
-    focus: EvaluatedClass
-    image: Pixels
-
-
 def draw_validation(
-    method: Method,
-    dataset: EvaluationImages,
-    classes: Sequence[EvaluatedClass],
+    evaluation: Evaluation,
     num_panels: int,
-    device: torch.device,
-    inference: Inference,
     charts: Mapping[str, Tensor],
     class_vectors: tuple[Tensor, Tensor] | None,
 ) -> Iterator[tuple[str, Pixels]]:
     """The pictures of one evaluation by name: a run's `train.validate.Draw`."""
-    panels = draw_panels(method, dataset, classes, num_panels, device, inference)
-    for number, drawn in enumerate(panels):
-        yield f"panels/{number:02d}", drawn.image
-    names = {item.class_id: item.name for item in classes}
+    for number, (_, picture) in enumerate(draw_panels(evaluation, num_panels)):
+        yield f"panels/{number:02d}", picture
+    names = {item.class_id: item.name for item in evaluation.classes}
     for name, values in charts.items():
         bar_names = names if name.endswith(PER_CLASS) else None
         yield f"charts/{name}", draw_chart(name, values.numpy(), bar_names)
     if class_vectors is not None:
-        with_images = num_panels > 0
-        yield from draw_class_vectors(
-            method, dataset, classes, device, class_vectors, with_images=with_images
-        )
+        yield from draw_class_vectors(evaluation, class_vectors, with_images=num_panels > 0)
 
 
-def draw_panels(
-    method: Method,
-    dataset: EvaluationImages,
-    classes: Sequence[EvaluatedClass],
-    num_panels: int,
-    device: torch.device | str,
-    inference: Inference = SLIDE,
-) -> list[DrawnPanel]:
-    """image | truth | prediction | maps of the same images each time. No collective: rank 0's.
+def draw_panels(evaluation: Evaluation, num_panels: int) -> list[tuple[str, Pixels]]:
+    """image | truth | prediction | maps of the same images each time, with their keys. No
+    collective: rank 0's.
 
     Images that show a novel class come first, each with another novel class in focus as far as
     there are enough; without novel classes the first images, with their largest class in focus.
     """
-    ids = torch.tensor([item.class_id for item in classes], device=device)
-    drawn = []
+    drawn, method, classes = [], evaluation.method, evaluation.classes
     with evaluation_mode(method):
-        for index, focus in choose_images(dataset, classes, num_panels):
-            image, truth, key, _ = dataset[index]
-            target = to_evaluated(truth.to(device), ids)
-            image = image.to(device)
+        for index, focus in choose_images(evaluation.dataset, classes, num_panels):
+            image, truth, key, _ = evaluation.dataset[index]
+            target = to_evaluated(truth.to(evaluation.device), evaluation.ids)
+            image = image.to(evaluation.device)
             size = (image.shape[-2], image.shape[-1])
-            prediction = segment(method.predict, image, ids, inference)
+            prediction = segment(method.predict, image, evaluation.ids, evaluation.inference)
             small = F.interpolate(target[None, None].double(), size, mode="nearest")[0, 0].long()
             maps = {
                 name: upsample_positions(low, size, method.stride)
@@ -98,7 +73,7 @@ def draw_panels(
                 },
                 [item.name for item in classes],
             )
-            drawn.append(DrawnPanel(key, classes[focus], picture))
+            drawn.append((key, picture))
     return drawn
 
 

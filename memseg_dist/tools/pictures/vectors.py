@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,10 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memseg_dist.batch import IGNORE
-from memseg_dist.evaluation.evaluate import EvaluationImages, to_evaluated
-from memseg_dist.evaluation.metrics import EvaluatedClass
+from memseg_dist.evaluation.evaluate import Evaluation, to_evaluated
 from memseg_dist.evaluation.prototype_probe import draw_points
-from memseg_dist.methods.method import Method, evaluation_mode
+from memseg_dist.methods.method import evaluation_mode
 from memseg_dist.nn.resize import padded_size
 from memseg_dist.tools.pictures.panels import Pixels, class_colors, fit, to_pixels
 
@@ -51,28 +49,21 @@ class Vectors(NamedTuple):
 
 
 def draw_class_vectors(
-    method: Method,
-    dataset: EvaluationImages,
-    classes: Sequence[EvaluatedClass],
-    device: torch.device | str,
-    class_vectors: tuple[Tensor, Tensor],
-    *,
-    with_images: bool = True,
+    evaluation: Evaluation, class_vectors: tuple[Tensor, Tensor], *, with_images: bool = True
 ) -> Iterator[tuple[str, Pixels]]:
     """The matrix and, `with_images`, the embedding, by name; what has too little to show is left
     out.
 
-    class_vectors: what `Method.class_vectors` returned; only those of `classes` (ascending by id)
-    are drawn. No collective: rank 0's.
+    class_vectors: what `Method.class_vectors` returned; only those of the evaluated classes
+    (ascending by id) are drawn. No collective: rank 0's.
     """
-    ids = torch.tensor([item.class_id for item in classes])
-    names = [item.name for item in classes]
-    labels = to_evaluated(class_vectors[0], ids)
+    names = [item.name for item in evaluation.classes]
+    labels = to_evaluated(class_vectors[0], evaluation.ids.cpu())
     values = class_vectors[1][labels != IGNORE].float()
     vectors = Vectors(values.numpy(), labels[labels != IGNORE].numpy())
     pictures = {"class vectors/similarity": similarity_matrix(vectors, names)}
     if with_images and len(vectors.labels) > 1:
-        pixels = sample_pixels(method, dataset, ids, device)
+        pixels = sample_pixels(evaluation)
         pictures["class vectors/embedding"] = embedding(pixels, vectors, names)
     for name, picture in pictures.items():
         if picture is not None:
@@ -115,22 +106,21 @@ def similarity_matrix(vectors: Vectors, names: Sequence[str]) -> Pixels | None:
     return to_pixels(figure)
 
 
-def sample_pixels(
-    method: Method, dataset: EvaluationImages, class_ids: Tensor, device: torch.device | str
-) -> Vectors:
+def sample_pixels(evaluation: Evaluation) -> Vectors:
     """Features of at most MAX_PIXELS pixels of a few images, as many of each class as it has.
 
-    class_ids: label-space ids of the evaluated classes; where they are more than MAX_NAMES, only
-    the LARGEST_CLASSES most frequent of the images are taken. The same pixels each time.
+    Of more than MAX_NAMES evaluated classes only the LARGEST_CLASSES most frequent of the images
+    are taken. The same pixels each time.
     """
     found: dict[int, list[NDArray[np.float32]]] = {}
-    with evaluation_mode(method):
-        for index in _spread(len(dataset), MAX_IMAGES).tolist():
-            image, truth, key, _ = dataset[index]
-            features = method.embed(image[None].to(device))[0].float()
+    class_ids = evaluation.ids.cpu()
+    with evaluation_mode(evaluation.method):
+        for index in _spread(len(evaluation.dataset), MAX_IMAGES).tolist():
+            image, truth, key, _ = evaluation.dataset[index]
+            features = evaluation.method.embed(image[None].to(evaluation.device))[0].float()
             size = (image.shape[-2], image.shape[-1])
             target = truth_of_positions(
-                to_evaluated(truth, class_ids), size, features, method.stride
+                to_evaluated(truth, class_ids), size, features, evaluation.method.stride
             )
             low_size = (target.shape[0], target.shape[1])
             for label, points in draw_points(target, low_size, MAX_PER_IMAGE, (key,)).items():
