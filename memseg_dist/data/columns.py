@@ -27,7 +27,7 @@ from memseg_dist.data.schema import (
     arrow_schema,
 )
 
-LAYOUT = 3  # raise it when the files change
+LAYOUT = 4  # raise it when the files change
 FACTS_NAME = "facts.json"
 ROWS_NAME = "rows.arrow"
 _BATCH_ROWS = 65536
@@ -43,16 +43,20 @@ class Facts:
     num_masks: int = 0
     num_unreadable: int = 0
     max_label: int = -1
+    pixels: dict[str, int] = dataclasses.field(default_factory=dict)
     shard_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def convert(index_path: str, root: str, folder: Path) -> None:
-    """index.parquet -> the files of `Index`, in bounded memory; the folder appears whole."""
+def convert(index_path: str, root: str, folder: Path, keys: Sequence[str] | None = None) -> None:
+    """index.parquet -> the files of `Index`, in bounded memory; the folder appears whole.
+
+    keys: of the samples that are taken; None: all.
+    """
     temporary = files.temporary_beside(folder)
     temporary.mkdir()
     facts = Facts(root, index_path.removesuffix(INDEX_NAME) + VOCABULARY_NAME)
     try:
-        _copy(temporary, facts, index_path)
+        _copy(temporary, facts, index_path, keys)
         (temporary / FACTS_NAME).write_text(json.dumps(dataclasses.asdict(facts)))
         os.replace(temporary, folder)
     finally:
@@ -117,7 +121,8 @@ def check_columns(schema: pa.Schema, index_path: str | Path) -> None:
             )
 
 
-def _copy(folder: Path, facts: Facts, index_path: str) -> None:
+def _copy(folder: Path, facts: Facts, index_path: str, keys: Sequence[str] | None) -> None:
+    kept = None if keys is None else pa.array(keys, pa.string())
     schema = pa.schema([f for f in arrow_schema() if f.name not in ("labels", "pixels")])
     with (
         pa.OSFile(str(folder / ROWS_NAME), "wb") as sink,
@@ -127,6 +132,8 @@ def _copy(folder: Path, facts: Facts, index_path: str) -> None:
     ):
         np.zeros(1, np.int64).tofile(offsets_file)
         for batch in read_rows(index_path, _BATCH_ROWS):
+            if kept is not None:
+                batch = batch.filter(pc.is_in(batch["key"], value_set=kept))
             columns = [batch.column(name) for name in schema.names]
             rows.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
             lengths = pc.list_value_length(batch.column("labels")).to_numpy()
@@ -139,7 +146,20 @@ def _copy(folder: Path, facts: Facts, index_path: str) -> None:
             facts.num_masks += int((batch.column("mask_size").to_numpy() > 0).sum())
             if not pc.all(pc.is_in(batch.column("image_format"), pa.array(FORMATS))).as_py():
                 raise ValueError(f"{index_path}: an image format is not one of {list(FORMATS)}")
+            _count_pixels(batch, facts.pixels, index_path)
             _count_shards(batch.column("shard"), facts.shard_sizes, index_path)
+
+
+def _count_pixels(batch: pa.RecordBatch, counts: dict[str, int], index_path: str) -> None:
+    """Adds how many pixels of the masks show each label."""
+    masked = batch.filter(pc.greater(pc.list_value_length(batch["pixels"]), 0))
+    labels, pixels = (masked[name].flatten() for name in ("labels", "pixels"))
+    if len(labels) != len(pixels):
+        raise ValueError(f"{index_path}: 'pixels' does not fit 'labels'; write it again")
+    by_label = pa.table({"label": labels, "pixels": pixels}).group_by("label")
+    for row in by_label.aggregate([("pixels", "sum")]).to_pylist():
+        label = str(row["label"])  # as JSON has it
+        counts[label] = counts.get(label, 0) + row["pixels_sum"]
 
 
 def _count_shards(shards: pa.Array, sizes: dict[str, int], index_path: str) -> None:

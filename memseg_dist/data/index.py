@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from memseg_dist.batch import IGNORE, derive_seed
 from memseg_dist.data import files
-from memseg_dist.data.columns import FACTS_NAME, LAYOUT, ROWS_NAME, Facts, convert, read_rows
+from memseg_dist.data.columns import FACTS_NAME, LAYOUT, ROWS_NAME, Facts, convert
 from memseg_dist.data.schema import INDEX_NAME, VOCABULARY_NAME
 from memseg_dist.data.vocabulary import Vocabulary
 from memseg_dist.jsonable import shown
@@ -80,11 +80,7 @@ class Index:
             if not files.exists(index_path):
                 raise _no_index(root_text, local)
         folder = cache / f"{derive_seed(index_path, *files.fingerprint(index_path), LAYOUT):016x}"
-        if not folder.exists():
-            with files.locked(folder.with_suffix(".lock")):
-                if not folder.exists():
-                    convert(index_path, root_text, folder)
-        return cls(folder)
+        return _made(folder, index_path, root_text)
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
@@ -131,21 +127,18 @@ class Index:
 
     def all_keys(self) -> Iterator[str]:
         """Of all rows, many times faster than one by one."""
-        for chunk in self._column("key").chunks:
+        for chunk in self._rows["key"].chunks:
             yield from chunk.to_pylist()
 
     def numbers(self, column: str) -> NDArray[Any]:
         """[rows]: a column of numbers, as "mask_size" or "width"."""
-        return self._column(column).to_numpy()
-
-    def _column(self, name: str) -> pa.ChunkedArray:
-        return self._rows[name]
+        return self._rows[column].to_numpy()
 
     def rows_of(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """The row of each key, -1 for a key that these shards lack."""
         asked = pa.array(keys, pa.string())
         unique = asked.unique()
-        places = pc.index_in(self._column("key"), value_set=unique).fill_null(-1).to_numpy()
+        places = pc.index_in(self._rows["key"], value_set=unique).fill_null(-1).to_numpy()
         rows = np.full(len(unique), -1, dtype=np.int64)
         found = np.flatnonzero(places >= 0)
         rows[places[found]] = found
@@ -154,14 +147,17 @@ class Index:
     def only(self, keys: Sequence[str]) -> Index:
         """The index as it would be if the shards held these samples alone, in the shards' order.
 
-        ValueError for no keys, a key that is given twice, or keys that the shards lack.
+        It is made once, in the cache. ValueError for no keys, a key that is given twice, or keys
+        that the shards lack.
         """
-        return IndexPart(self, self._rows_of_set(keys))
-
-    def _rows_of_set(self, keys: Sequence[str]) -> NDArray[np.int64]:
-        """The keys' rows, ascending. ValueError as `only`."""
         if not keys:
             raise ValueError("it names no keys; write one key a line")
+        folder = self._folder.parent / f"{derive_seed(self._folder.name, *sorted(keys)):016x}"
+        if not folder.exists():
+            self._check_keys(keys)
+        return _made(folder, self.parquet, self.root, keys)
+
+    def _check_keys(self, keys: Sequence[str]) -> None:
         twice = sorted(key for key, count in Counter(keys).items() if count > 1)
         if twice:
             raise ValueError(
@@ -174,7 +170,6 @@ class Index:
                 f"{len(missing)} of its {len(keys)} keys are not in the shards at {self.root}: "
                 f"{some(missing)}; take them out, or name the shards that the list was made for"
             )
-        return np.sort(rows)
 
     def labels(self, number: int) -> tuple[int, ...]:
         first, last = self.labels_offsets[number : number + 2]
@@ -202,23 +197,9 @@ class Index:
         return counts
 
     def class_pixel_counts(self, num_classes: int) -> NDArray[np.int64]:
-        """int64 [num_classes]: how many pixels of the masks show each local label. Read from the
-        Parquet index, a million rows in seconds.
-        """
-        counts, start = np.zeros(num_classes, dtype=np.int64), 0
-        for batch in read_rows(self.parquet, 65536, ["labels", "pixels"]):
-            part = batch.take(pa.array(self._within(start, start + len(batch)) - start))
-            start += len(batch)
-            part = part.filter(pc.greater(pc.list_value_length(part["pixels"]), 0))  # with a mask
-            labels, pixels = (part[name].flatten().to_numpy() for name in ("labels", "pixels"))
-            if len(labels) != len(pixels):
-                raise ValueError(f"{self.parquet}: 'pixels' does not fit 'labels'; write it again")
-            np.add.at(counts, labels[labels < num_classes], pixels[labels < num_classes])
-        return counts
-
-    def _within(self, first: int, last: int) -> NDArray[np.int64]:
-        """Which of these rows of the Parquet index are rows of this one."""
-        return np.arange(first, last)
+        """int64 [num_classes]: how many pixels of the masks show each local label."""
+        shown = {int(label): pixels for label, pixels in self._facts.pixels.items()}
+        return np.array([shown.get(label, 0) for label in range(num_classes)], dtype=np.int64)
 
     def fingerprint(self) -> str:
         """16 hex digits that follow from the sizes of all shards, images and masks and from the
@@ -258,60 +239,13 @@ class Index:
                 )
 
 
-class IndexPart(Index):
-    """Some rows of an index under the interface of a whole one; what it costs is those rows.
-
-    whole: a whole index. kept: its row numbers, ascending.
-    """
-
-    def __init__(self, whole: Index, kept: NDArray[np.int64]) -> None:
-        self._whole, self._kept = whole, kept
-        self._folder, self._facts, self.root = whole._folder, whole._facts, whole.root
-        shard_of = np.searchsorted(whole.shard_starts, kept, side="right") - 1
-        counts = np.bincount(shard_of, minlength=len(whole.shard_names))
-        self.shard_names = [whole.shard_names[shard] for shard in np.flatnonzero(counts)]
-        self.shard_sizes = counts[counts > 0].astype(np.int64)
-        self.shard_starts = np.append(np.int64(0), np.cumsum(self.shard_sizes))
-        self.num_masks = int((self.numbers("mask_size") > 0).sum())
-        self.num_unreadable = int((self.numbers("width") == 0).sum())
-        self.max_label = int(self.labels_values.max(initial=-1))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return IndexPart, (self._whole, self._kept)
-
-    def only(self, keys: Sequence[str]) -> Index:
-        return IndexPart(self._whole, self._kept[self._rows_of_set(keys)])
-
-    def _within(self, first: int, last: int) -> NDArray[np.int64]:
-        return self._kept[slice(*np.searchsorted(self._kept, (first, last)))]
-
-    @cached_property
-    def labels_offsets(self) -> NDArray[np.int64]:
-        lengths = np.diff(self._whole.labels_offsets)[self._kept]
-        return np.append(np.int64(0), np.cumsum(lengths))
-
-    @cached_property
-    def labels_values(self) -> NDArray[np.int32]:
-        lengths = np.diff(self.labels_offsets)
-        moved = self._whole.labels_offsets[self._kept] - self.labels_offsets[:-1]
-        values = np.arange(self.labels_offsets[-1]) + np.repeat(moved, lengths)
-        return self._whole.labels_values[values]
-
-    def row(self, number: int) -> Row:
-        if not 0 <= number < len(self):
-            raise IndexError(f"{self.root}: row {number} of {len(self)} in this split")
-        return self._whole.row(int(self._kept[number]))
-
-    def key(self, number: int) -> str:
-        return self._whole.key(int(self._kept[number]))
-
-    def _column(self, name: str) -> pa.ChunkedArray:
-        parts, start = [], 0
-        for chunk in self._whole._column(name).chunks:
-            first, last = np.searchsorted(self._kept, (start, start + len(chunk)))
-            parts.append(chunk.take(pa.array(self._kept[first:last] - start)))
-            start += len(chunk)
-        return pa.chunked_array(parts)
+def _made(folder: Path, index_path: str, root: str, keys: Sequence[str] | None = None) -> Index:
+    """The index in `folder`, made by one process where it is not there yet."""
+    if not folder.exists():
+        with files.locked(folder.with_suffix(".lock")):
+            if not folder.exists():
+                convert(index_path, root, folder, keys)
+    return Index(folder)
 
 
 def some(keys: Sequence[str]) -> str:

@@ -240,10 +240,11 @@ def test_verify_notices_truncation_and_a_wrong_index(tmp_path):
         verify(tmp_path)
     path.write_bytes(content)
     table = pq.read_table(tmp_path / "index.parquet")
-    labels = [[0], *table["labels"].to_pylist()[1:]]
+    first, *others = table["labels"].to_pylist()
+    labels = [[label + 1 for label in first], *others]
     changed = table.set_column(9, table.schema.field(9), pa.array(labels, pa.list_(pa.int32())))
     pq.write_table(changed, tmp_path / "index.parquet")
-    with pytest.raises(ValueError, match=r"'image0000': its labels is .* but the index says \[0\]"):
+    with pytest.raises(ValueError, match=r"'image0000': its labels is .* but the index says"):
         verify(tmp_path)
 
 
