@@ -3,9 +3,9 @@
     result = run(worker, config_json, config)
 
 The cluster is the one that `launch.address` or RAY_ADDRESS names (`ray job submit` sets it), else
-one is started on this machine. A group that fails starts again, with as many workers as
-`launch.workers` allows and the cluster has, from the run's own newest checkpoint; Ray keeps no copy
-of it.
+one is started on this machine, without a dashboard (ten processes more than the run). A group that
+fails starts again, with as many workers as `launch.workers` allows and the cluster has, from the
+run's own newest checkpoint; Ray keeps no copy of it.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ TEARDOWN_S = 600.0
 
 _cpus_started: int | None = None
 """Of the cluster that this process has started for its runs; None: it uses another one."""
-_NO_FAILURE = re.compile("Actor with class name: 'PreemptionWatcher'")
-"""Errors that Ray logs of itself in every run that goes well."""
+_NO_FAILURE = re.compile(
+    "Actor with class name: 'PreemptionWatcher'|Failed to query Ray Train Controller actor state"
+)
+"""Errors that Ray logs of itself in every run that goes well, or that has no dashboard to ask."""
 
 
 class RayContext:
@@ -233,7 +235,7 @@ def connect(config: RunConfig) -> None:
     heeded = signal.getsignal(signal.SIGTERM)
     if address is None:
         _cpus_started = max(os.cpu_count() or 1, wanted)
-        init_ray(address="local", num_cpus=_cpus_started)
+        init_ray(address="local", num_cpus=_cpus_started, include_dashboard=False)
     else:
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         # a job brings its working directory; otherwise other machines get this very package

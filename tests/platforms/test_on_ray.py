@@ -40,11 +40,14 @@ def test_the_driver_prints_workers_lines_as_they_wrote_them(capsys):
     from memseg_dist.platforms.on_ray import _readable_output
 
     noise = "core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' and ID: 'bf' has"
+    no_dashboard = "Failed to query Ray Train Controller actor state. State API may be temporarily"
     data = {"pid": 7, "ip": "here", "localhost": "here", "actor_name": "RayTrainWorker"}
     dispatcher.add_handler("ray_print_logs", lambda data: print("as Ray prints it"))
     try:
         with _readable_output():
-            dispatcher.emit({**data, "is_err": False, "lines": ["step 1/4  25%", noise]})
+            dispatcher.emit(
+                {**data, "is_err": False, "lines": ["step 1/4  25%", noise, no_dashboard]}
+            )
             dispatcher.emit({**data, "is_err": True, "lines": [noise, "worker 1: no such file"]})
     finally:
         dispatcher.remove_handler("ray_print_logs")
