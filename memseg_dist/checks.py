@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple, TypeAlias, get_args, get_type_hints
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeAlias,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from urllib.parse import urlsplit
 
 from memseg_dist import jsonable
@@ -37,7 +47,7 @@ def check_numbers(settings: Any, section: str = "") -> None:
     section: the dotted key of `settings`, with its last dot ("optimizer.").
     """
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        for part in (hint, *get_args(hint)):
+        for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
             for bound in getattr(part, "__metadata__", ()):
                 value = getattr(settings, name)
                 if isinstance(bound, Bound) and value is not None:

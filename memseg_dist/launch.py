@@ -6,15 +6,13 @@ import functools
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from memseg_dist.assemble import build_label_space, check_method
 from memseg_dist.checks import require
@@ -34,7 +32,7 @@ from memseg_dist.train.loop import checkpoints_to_resume, train
 from memseg_dist.train.overview import survey
 from memseg_dist.train.platform import Context, Tracker, Trackers
 from memseg_dist.train.storage import make_writable, on_rank_0
-from memseg_dist.train.validate import Validator
+from memseg_dist.train.validate import Draw, Validator
 
 
 def launch(config: RunConfig) -> dict[str, Any]:
@@ -116,14 +114,12 @@ def run_worker(
     )
     tracker = build_tracker(config, tags) if context.rank == 0 else Tracker()
     tracker.begin(overview)
-    return train(config, context, tracker, engine_factory(config), _draw)
+    draw: Draw | None = None
+    if context.rank == 0:  # the others need not import what draws
+        from memseg_dist.tools.pictures.draw import draw_validation
 
-
-def _draw(*arguments: Any) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """`draw_validation`, whose libraries only the process that draws imports."""
-    from memseg_dist.tools.pictures.draw import draw_validation
-
-    return draw_validation(*arguments)
+        draw = draw_validation
+    return train(config, context, tracker, engine_factory(config), draw)
 
 
 def engine_factory(config: RunConfig) -> EngineFactory:

@@ -68,7 +68,13 @@ def score(
     settings = inference.resolved(opened)
     dataset, classes = _evaluated(opened, data, settings, ignore_unknown, buckets)
     evaluation = Evaluation(
-        opened.method, dataset, classes, opened.device, settings, max_images, processes
+        opened.method,
+        dataset,
+        classes,
+        opened.device,
+        inference=settings,
+        max_images=max_images,
+        num_processes=processes,
     )
     result: EvaluationResult | PrototypeProbeResult
     if prototype_probe:

@@ -122,7 +122,7 @@ def check_columns(schema: pa.Schema, index_path: str | Path) -> None:
 
 
 def _copy(folder: Path, facts: Facts, index_path: str, keys: Sequence[str] | None) -> None:
-    kept = None if keys is None else pa.array(keys, pa.string())
+    kept, num_kept = None if keys is None else pa.array(keys, pa.string()), 0
     schema = pa.schema([f for f in arrow_schema() if f.name not in ("labels", "pixels")])
     with (
         pa.OSFile(str(folder / ROWS_NAME), "wb") as sink,
@@ -134,6 +134,9 @@ def _copy(folder: Path, facts: Facts, index_path: str, keys: Sequence[str] | Non
         for batch in read_rows(index_path, _BATCH_ROWS):
             if kept is not None:
                 batch = batch.filter(pc.is_in(batch["key"], value_set=kept))
+                num_kept += len(batch)
+            if not len(batch):
+                continue
             columns = [batch.column(name) for name in schema.names]
             rows.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
             lengths = pc.list_value_length(batch.column("labels")).to_numpy()
@@ -148,6 +151,8 @@ def _copy(folder: Path, facts: Facts, index_path: str, keys: Sequence[str] | Non
                 raise ValueError(f"{index_path}: an image format is not one of {list(FORMATS)}")
             _count_pixels(batch, facts.pixels, index_path)
             _count_shards(batch.column("shard"), facts.shard_sizes, index_path)
+    if keys is not None and num_kept != len(keys):
+        raise ValueError(f"{index_path} has changed while it was read; start again")
 
 
 def _count_pixels(batch: pa.RecordBatch, counts: dict[str, int], index_path: str) -> None:

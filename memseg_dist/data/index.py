@@ -1,7 +1,8 @@
 """A data set's index, memory-mapped: what a row costs is disk, not RAM.
 
-`index.parquet` is copied once, batch by batch of rows, into files in the cache folder. Every
-process maps the same files, so 14 million rows cost a process what it touches.
+`index.parquet` is copied once, batch by batch of rows, into files in the cache folder, and so are
+the rows of each split. Every process maps the same files, so 14 million rows cost a process what it
+touches. A copy stays in the cache when its data set is written anew; it may be deleted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Row(NamedTuple):
 
 
 class Index:
-    """The rows of one data set, sorted by shard. `Index.open` makes one.
+    """The rows of a data set, sorted by shard. `Index.open` makes one, `only` one of some of them.
 
     shard_names: paths relative to `root`, or whole paths where the index lies elsewhere.
     shard_sizes: int64, samples per shard. shard_starts: int64 [num_shards + 1], the first row of
@@ -80,7 +81,7 @@ class Index:
             if not files.exists(index_path):
                 raise _no_index(root_text, local)
         folder = cache / f"{derive_seed(index_path, *files.fingerprint(index_path), LAYOUT):016x}"
-        return _made(folder, index_path, root_text)
+        return _open_or_convert(folder, index_path, root_text)
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
@@ -155,7 +156,7 @@ class Index:
         folder = self._folder.parent / f"{derive_seed(self._folder.name, *sorted(keys)):016x}"
         if not folder.exists():
             self._check_keys(keys)
-        return _made(folder, self.parquet, self.root, keys)
+        return _open_or_convert(folder, self.parquet, self.root, keys)
 
     def _check_keys(self, keys: Sequence[str]) -> None:
         twice = sorted(key for key, count in Counter(keys).items() if count > 1)
@@ -239,7 +240,9 @@ class Index:
                 )
 
 
-def _made(folder: Path, index_path: str, root: str, keys: Sequence[str] | None = None) -> Index:
+def _open_or_convert(
+    folder: Path, index_path: str, root: str, keys: Sequence[str] | None = None
+) -> Index:
     """The index in `folder`, made by one process where it is not there yet."""
     if not folder.exists():
         with files.locked(folder.with_suffix(".lock")):

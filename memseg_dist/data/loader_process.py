@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -59,16 +60,26 @@ def starting_processes() -> Iterator[None]:
 
 
 @contextmanager
-def starting_loader_processes() -> Iterator[None]:
+def starting_loader_processes(num_processes: int) -> Iterator[None]:
     """`starting_processes()` that do not run the script of this process: a job imports all of the
-    framework, which takes each of them 2 s and 215 MB. What they are given must be importable.
+    framework, which takes each of them 2 s and 215 MB. In one thread at a time.
+
+    ValueError if they are given what only the script knows.
     """
+    if num_processes == 0:
+        yield
+        return
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")  # whose file they would run
     try:
         util.get_temp_dir()  # made before them: they share it then, and delete it
         with starting_processes():
             yield
+    except pickle.PicklingError as error:
+        raise ValueError(
+            f"loader processes do not run the script that starts them ({error}); put what they "
+            "read with into a module, or use no loader processes"
+        ) from error
     finally:
         sys.modules["__main__"] = script
 

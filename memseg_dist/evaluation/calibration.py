@@ -32,7 +32,7 @@ def calibration_errors(evaluation: Evaluation) -> dict[str, float]:
     tallies: dict[str, Tensor] = {}
     with evaluation_mode(method):
         for image, truth, _ in evaluation.images():
-            for name, found in method.label_sources(image[None], evaluation.ids).items():
+            for name, found in method.label_sources(image[None], evaluation.class_ids).items():
                 tally = tallies.setdefault(name, _empty(device))
                 tally += tally_of(found[0], at_centres(truth, found.shape[-2:]))
     names = sorted({name for part in dist.all_gather_object([*tallies]) for name in part})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -112,26 +112,28 @@ def evaluated_classes(
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What is evaluated: a method on the images of a validation set; each rank has a share of them.
 
-    Truth outside `classes` is not counted. max_images: the first so many alone. num_processes:
-    loader processes per rank that read ahead; they import the class of `dataset`.
+    Truth outside `classes` is not counted. max_images: the first so many are scored, pictures may
+    show others. num_processes: loader processes per rank that read ahead; they must be able to
+    import the class of `dataset`, which cannot be one of the script.
     """
 
     method: Method
     dataset: EvaluationImages
     classes: Sequence[EvaluatedClass]
     device: torch.device | str
+    _: KW_ONLY
     inference: Inference = SLIDE
     max_images: int | None = None
     num_processes: int = 0
     show_progress: bool = True
 
     @cached_property
-    def ids(self) -> Tensor:
-        """Label-space ids of the classes, on the device."""
+    def class_ids(self) -> Tensor:
+        """Of the classes in the label space, [K] on the device."""
         return torch.tensor([item.class_id for item in self.classes], device=self.device)
 
     @cached_property
@@ -143,13 +145,14 @@ class Evaluation:
         return num_images
 
     def images(self) -> Iterator[tuple[Tensor, Tensor, str]]:
-        """This rank's image, truth as positions in `ids` (both on the device), and key; with a
-        progress bar on rank 0.
+        """This rank's image, truth as positions in `class_ids` (both on the device), and key.
+
+        With a progress bar on rank 0.
         """
         indices = range(dist.rank(), self.num_images, dist.size())
         own: Any = Subset(self.dataset, indices)  # type: ignore[arg-type]
         options = process_options(self.num_processes, TIMEOUT_S)
-        with starting_loader_processes():
+        with starting_loader_processes(self.num_processes):
             items = iter(DataLoader(own, batch_size=None, collate_fn=tuple, **options))
         names = (f"image {index} of the validation set".__str__ for index in indices)
         named = (next_item(items, name) for name in names)
@@ -157,7 +160,7 @@ class Evaluation:
         for image, truth, key, _ in track(
             named, "evaluating", len(indices), console=console, disable=hidden
         ):
-            truth = to_evaluated(truth.to(self.device), self.ids)
+            truth = to_evaluated(truth.to(self.device), self.class_ids)
             yield image.to(self.device, non_blocking=True), truth, key
 
 
@@ -172,7 +175,11 @@ def evaluate(evaluation: Evaluation) -> EvaluationResult:
         for image, truth, key in evaluation.images():
             out_size = (truth.shape[-2], truth.shape[-1])
             prediction = segment(
-                evaluation.method.predict, image, evaluation.ids, evaluation.inference, out_size
+                evaluation.method.predict,
+                image,
+                evaluation.class_ids,
+                evaluation.inference,
+                out_size,
             )
             try:
                 metrics.update(prediction, truth)

@@ -53,7 +53,7 @@ class Inference:
     scales: tuple[float, ...] = (1.0,)
     """Sizes of the picture to look at, relative to the fitted one; each is cut into windows."""
     flip: bool = False
-    """Evaluation at the mirror image of each size as well."""
+    """Look at the mirror image of each size as well."""
     swap: tuple[tuple[int, int], ...] = ()
     """Label-space ids of classes that a mirror turns into each other (a left and a right arm)."""
     average: Average = "logits"

@@ -39,7 +39,11 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from ray.train.torch import TorchConfig, get_device
 from ray.train.v2._internal import constants
 from ray.train.v2.api import config as ray_config
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import (
+    ControllerError,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import (
     PlacementGroup,
@@ -64,6 +68,7 @@ TEARDOWN_S = 600.0
 
 _cpus_started: int | None = None
 """Of the cluster that this process has started for its runs; None: it uses another one."""
+_DIED = "died (killed, its machine lost, or out of memory)"
 _NO_FAILURE = re.compile(
     "Actor with class name: 'PreemptionWatcher'|Failed to query Ray Train Controller actor state"
 )
@@ -106,32 +111,70 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
     gpu = has_gpus if config.launch.use_gpu is None else config.launch.use_gpu
     stop_key = f"memseg-stop-{uuid.uuid4().hex}"
     _warn_if_small(config, config.launch.workers_range[0], gpu)
-    loop = _loop(functools.partial(_run_worker, worker, config_json, gpu, stop_key))
-    failures, reserved = 0, _reserved()
+
+    def ask_to_stop() -> None:
+        """From another thread: the main one may hold what a call to the cluster needs, or what
+        `threading.Thread` does."""
+        _thread.start_new_thread(_internal_kv_put, (stop_key, b"1"))
+
+    work = cloudpickle.dumps(functools.partial(_run_worker, worker, config_json, gpu, stop_key))
+    try:
+        with (
+            _helpers_find_this_cluster(),
+            _readable_output(),
+            process.heeding_stop_signals(ask_to_stop),
+        ):
+            # what imports this package is unpickled late: Ray watches a worker by then
+            return json.loads(_fit(lambda: cloudpickle.loads(work)(), config, gpu).return_value)
+    except (TrainingFailedError, RayActorError) as error:
+        raise RunFailed(_text_of(error)) from None
+    finally:
+        with suppress(Exception):  # a cluster that is gone must not hide how the run ended
+            _internal_kv_del(stop_key)
+
+
+def _fit(loop: Callable[[], str], config: RunConfig, gpu: bool) -> Any:
+    """What Ray Train returns. It starts a group that fails again, but not one of which a worker
+    dies as its work is sent to it, whose resources it keeps as well: that is done here.
+    """
+    left = config.launch.max_failures
     while True:
+        before = _reserved()
         try:
-            with _helpers_find_this_cluster(), _readable_output():
-                result = _fit(_trainer(loop, config, gpu), stop_key)
-            return json.loads(result.return_value)
-        except TrainingFailedError as error:
-            failures += 1
-            may_go_on = config.launch.max_failures == -1 or failures <= config.launch.max_failures
-            # Ray starts no group again of which a worker died as its work was sent to it
-            died = isinstance(getattr(error, "controller_failure", None), RayActorError)
-            if not (died and may_go_on):
-                raise RunFailed(_text_of(error)) from None
-        for group in _reserved() - reserved:  # nor does it give back what that one had
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
-        print("a worker died while the group was started; starting it again", flush=True)
+            return _in_a_thread(_trainer(loop, config, gpu, left).fit)
+        except ControllerError as error:
+            if left == 0 or not isinstance(error.controller_failure, RayActorError):
+                raise
+            left = max(left - 1, -1)
+            print("a worker died while its group was started; starting it again", flush=True)
+        finally:
+            with suppress(Exception):  # as above
+                for group in _reserved() - before:
+                    remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def _reserved() -> set[str]:
     """The placement groups of this job: their ids end with its own."""
-    job = ray.get_runtime_context().get_job_id()
-    return {group for group in placement_group_table() if group.endswith(job)}
+    job, groups = ray.get_runtime_context().get_job_id(), placement_group_table()
+    return {id for id, group in groups.items() if id.endswith(job) and group["state"] != "REMOVED"}
 
 
-def _trainer(loop: Callable[[], str], config: RunConfig, gpu: bool) -> TorchTrainer:
+def _in_a_thread(work: Callable[[], Any]) -> Any:
+    """work(), which in the main thread would take Ctrl-C for an abort."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread raises it
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="trainer", daemon=True).start()
+    return outcome.result()
+
+
+def _trainer(loop: Callable[[], str], config: RunConfig, gpu: bool, failures: int) -> TorchTrainer:
+    """failures: how many it survives; -1: any number."""
     low, high = config.launch.workers_range
     return TorchTrainer(
         loop,
@@ -146,35 +189,11 @@ def _trainer(loop: Callable[[], str], config: RunConfig, gpu: bool) -> TorchTrai
         run_config=ray_config.RunConfig(
             name="ray",
             storage_path=config.directory,
-            failure_config=ray_config.FailureConfig(max_failures=config.launch.max_failures),
+            failure_config=ray_config.FailureConfig(max_failures=failures),
             worker_runtime_env={"env_vars": _environment(config.launch)},
             logging_config=ray_config.LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-def _fit(trainer: TorchTrainer, stop_key: str) -> Any:
-    """trainer.fit(), in a thread of its own: in the main one it would take Ctrl-C for an abort."""
-    outcome: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            outcome.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread raises it
-            outcome.set_exception(error)
-
-    def ask_to_stop() -> None:
-        """From another thread: the main one may hold what a call to the cluster needs, or what
-        `threading.Thread` does."""
-        _thread.start_new_thread(_internal_kv_put, (stop_key, b"1"))
-
-    with process.heeding_stop_signals(ask_to_stop):
-        threading.Thread(target=fit, name="trainer", daemon=True).start()
-        try:
-            return outcome.result()
-        finally:
-            with suppress(Exception):  # a cluster that is gone must not hide how the run ended
-                _internal_kv_del(stop_key)
 
 
 @contextmanager
@@ -242,18 +261,6 @@ def connect(config: RunConfig) -> None:
         init_ray(address=address, runtime_env=None if in_job else {"py_modules": [str(PACKAGE)]})
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, heeded)  # Ray exits with 15 on it
-
-
-def _loop(work: Callable[[], str]) -> Callable[[], str]:
-    """`work`, of which Ray's controller, which is sent it too, imports nothing."""
-    pickled = cloudpickle.dumps(work)
-
-    def loop() -> str:
-        from ray import cloudpickle
-
-        return cloudpickle.loads(pickled)()
-
-    return loop
 
 
 def _run_worker(worker: Worker, config_json: str, gpu: bool, stop_key: str) -> str:
@@ -324,7 +331,11 @@ def _warn_if_small(config: RunConfig, workers: int, gpu: bool) -> None:
         )
 
 
-def _text_of(error: TrainingFailedError) -> str:
+def _text_of(error: TrainingFailedError | RayActorError) -> str:
+    if isinstance(error, RayActorError):
+        return f"Ray Train's controller {_DIED}"
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError):
+        return f"a worker {_DIED} while its group was started"
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
         return str(error)
     return process.summary_of(
@@ -339,5 +350,5 @@ def _failure_of(error: Exception) -> Failure:
         last = text.splitlines()[-1] if text else kind
         return Failure(last, text)
     if kind == "WorkerHealthCheckFailedError":
-        return Failure("died (killed, its machine lost, or out of memory)", died=True)
+        return Failure(_DIED, died=True)
     return Failure.of(error)

@@ -56,7 +56,8 @@ def train(
         with dist.naming_absent_ranks():  # before the tracker, which may take a while to finish
             result = _train(config, context, tracker, engine_factory, draw)
     except BaseException as error:
-        tracker.log_text("error.txt", "".join(traceback.format_exception(error)))
+        name = time.strftime("errors/%Y-%m-%dT%H-%M-%S.txt", time.gmtime())
+        tracker.log_text(name, "".join(traceback.format_exception(error)))
         tracker.finish("failed")
         raise
     tracker.finish(result["status"])

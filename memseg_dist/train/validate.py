@@ -75,9 +75,9 @@ class Validator:
             self.dataset,
             self.classes,
             self.device,
-            self.inference,
-            settings.max_images,
-            self.config.loader.processes,
+            inference=self.inference,
+            max_images=settings.max_images,
+            num_processes=self.config.loader.processes,
             show_progress=False,  # it would write over the bar of the run
         )
         if dist.rank() == 0:

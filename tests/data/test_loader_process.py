@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import util
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from data.made import SPACE
 
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.loader import Source, TrainLoader
+from memseg_dist.data.reader import Reader
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -74,6 +76,26 @@ def test_they_outlive_a_stop_signal_and_end_with_a_killed_worker(
     assert "Traceback" not in worker.stderr.read()
     worker.wait()
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Got pickle error")
+def test_what_only_the_script_knows_is_refused(masks_root, monkeypatch):
+    class Own(Reader):
+        pass
+
+    monkeypatch.setattr(sys.modules["__main__"], "Own", Own, raising=False)
+    Own.__module__, Own.__qualname__ = "__main__", "Own"
+    loader = loader_of(masks_root)
+    monkeypatch.setattr(loader._loader.dataset, "_readers", [Own.__new__(Own)])
+    with pytest.raises(ValueError, match=r"do not run the script that starts them .*Own"):
+        next(loader.steps(0, 1))
+
+
+def test_without_loader_processes_there_are_no_sockets(masks_root, monkeypatch):
+    made = []
+    monkeypatch.setattr(util, "get_temp_dir", lambda: made.append(1))
+    next(loader_of(masks_root, num_processes=0).steps(0, 1))
+    assert not made
 
 
 def test_a_read_that_hangs_is_named_and_ended(masks_root, tmp_path):

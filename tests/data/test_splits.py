@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from data.made import NUM_CLASSES, SPACE, VOCABULARY, sample
 
+from memseg_dist.data import columns
 from memseg_dist.data.augment import AugmentConfig
 from memseg_dist.data.index import Index
 from memseg_dist.data.loader import Source, TrainLoader
@@ -71,7 +73,8 @@ def assert_same(ours, theirs):
             assert torch.equal(getattr(batch, name), getattr(theirs[place], name))
 
 
-def test_a_part_is_the_index_of_a_data_set_with_these_samples(root, alone):
+def test_a_part_is_the_index_of_a_data_set_with_these_samples(root, alone, monkeypatch):
+    monkeypatch.setattr(columns, "_BATCH_ROWS", 2)  # some batches have none of them
     whole = Index.open(root)
     for part in (
         whole.only(KEYS),
@@ -89,6 +92,8 @@ def test_a_part_is_the_index_of_a_data_set_with_these_samples(root, alone):
         assert np.array_equal(part.labels_offsets, other.labels_offsets)
         assert np.array_equal(part.labels_values, other.labels_values)
         assert np.array_equal(part.numbers("width"), other.numbers("width"))
+        pixels = part.class_pixel_counts(NUM_CLASSES)
+        assert pixels.tolist() == other.class_pixel_counts(NUM_CLASSES).tolist() and any(pixels)
         counts = part.class_image_counts(NUM_CLASSES)
         assert counts.tolist() == other.class_image_counts(NUM_CLASSES).tolist()
         labels = np.arange(NUM_CLASSES)
@@ -114,6 +119,15 @@ def test_a_part_counts_its_own_masks_and_labels(tmp_path):
     assert (part.num_masks, part.max_label) == (1, part.labels(0)[-1])
     other = index.only([sample(5).key])
     assert (other.num_masks, other.max_label, other.labels(0)) == (0, 5, (5,))
+
+
+def test_an_index_that_changes_under_a_part_is_named(root):
+    whole = Index.open(root)
+    table = pq.read_table(root / "index.parquet")
+    (root / "index.parquet").unlink()  # a link
+    pq.write_table(table.slice(2), root / "index.parquet")
+    with pytest.raises(ValueError, match=r"index\.parquet has changed while it was read"):
+        whole.only([whole.key(0), whole.key(2)])
 
 
 def test_check_shards_looks_at_the_parts_own(root):

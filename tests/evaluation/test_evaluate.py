@@ -24,7 +24,7 @@ def run(num_images: int = 5, num_processes: int = 0) -> dict:
         Images(num_images),
         evaluated(),
         "cpu",
-        Inference(window=16, stride=10),
+        inference=Inference(window=16, stride=10),
         num_processes=num_processes,
         show_progress=False,
     )
@@ -150,6 +150,6 @@ def test_panels_show_novel_classes_first():
     assert all(classes[focus].group == "novel" for _, focus in chosen)
     assert {focus for _, focus in chosen} == {4, 5}
     inference = Inference(window=16, stride=16)
-    drawn = draw_panels(Evaluation(ColorMethod(), images, classes, "cpu", inference), 2)
+    drawn = draw_panels(Evaluation(ColorMethod(), images, classes, "cpu", inference=inference), 2)
     assert [key for key, _ in drawn] == [images[index][2] for index, _ in chosen[:2]]
     assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for _, picture in drawn)

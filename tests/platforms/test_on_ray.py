@@ -20,6 +20,7 @@ from platforms.tiny_run import tiny_run
 
 from memseg_dist.config import EngineConfig, LaunchConfig, TrackingConfig, to_json
 from memseg_dist.launch import launch, run_worker
+from memseg_dist.methods.larvseg.config import LarvSegConfig
 
 ray = pytest.importorskip("ray")
 
@@ -53,25 +54,6 @@ def test_the_driver_prints_workers_lines_as_they_wrote_them(capsys):
         dispatcher.remove_handler("ray_print_logs")
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("step 1/4  25%\n", "worker 1: no such file\n")
-
-
-def test_the_controller_imports_nothing_of_what_the_workers_run(tmp_path):
-    from ray import cloudpickle
-
-    from memseg_dist.platforms.on_ray import _loop
-
-    sent = tmp_path / "loop.pickle"
-    sent.write_bytes(cloudpickle.dumps(_loop(functools.partial(to_json, {"a": 1}))))
-    receive = (
-        "import pickle, sys\n"
-        f"loop = pickle.load(open({str(sent)!r}, 'rb'))\n"
-        "assert not [name for name in sys.modules if name.startswith(('memseg_dist', 'torch'))]\n"
-        "print(loop())\n"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", receive], capture_output=True, text=True, check=True, cwd=REPOSITORY
-    )
-    assert json.loads(answer.stdout) == {"a": 1}
 
 
 def test_a_later_stage_that_needs_more_gets_a_larger_cluster(tmp_path, tiny_data):
@@ -180,41 +162,47 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tiny_data, tmp
 
 @pytest.mark.slow
 def test_a_worker_that_dies_as_its_work_arrives_is_replaced(
-    cluster, tiny_data, tmp_path, monkeypatch, capsys
+    cluster, tiny_data, tmp_path, capsys, monkeypatch
 ):
     """What Ray Train takes for a failure of its controller, and gives up."""
     from memseg_dist.platforms import on_ray
 
-    flag, plain = tmp_path / "died", on_ray._loop
-
-    def arrive(loop):
-        if not flag.exists():
-            flag.touch()
+    def arrive(function, times):
+        for number in range(times):
+            try:
+                (tmp_path / f"died-{number}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
             os._exit(1)
-        return loop
+        return function
 
-    class Sent:
-        def __init__(self, loop):
-            self.loop = loop
+    class Arriving:
+        """A function, of which the first workers die that unpickle it."""
+
+        def __init__(self, function, times):
+            self.sent = function, times
 
         def __reduce__(self):
-            return arrive, (self.loop,)
+            return arrive, self.sent
 
-    def dying_once(work):
-        sent = Sent(plain(work))
-        return lambda: sent()
+        def __call__(self):
+            raise AssertionError("only what it becomes is called")
 
-    monkeypatch.setattr(on_ray, "_loop", dying_once)
-    config = tiny_run(tiny_data, tmp_path, launch=LaunchConfig("ray", workers=2, max_failures=1))
-    result = launch(config)
-    assert flag.exists() and (result["status"], result["step"]) == ("finished", 4)
-    assert "starting it again" in capsys.readouterr().out
-    flag.unlink()
-    never = tiny_run(
-        tiny_data, tmp_path, "never", launch=LaunchConfig("ray", workers=2, max_failures=0)
-    )
-    with pytest.raises(RuntimeError, match="died"):
-        launch(never)
+    def run(name, max_failures, times):
+        launch = LaunchConfig("ray", workers=1, max_failures=max_failures)
+        config = tiny_run(tiny_data, tmp_path, name, launch=launch)
+        monkeypatch.setattr(
+            on_ray, "_fit", lambda loop, config, gpu: fit(Arriving(loop, times), config, gpu)
+        )
+        return on_ray.run(worker, to_json(config), config)
+
+    fit, worker = on_ray._fit, functools.partial(run_worker, tags={}, method=LarvSegConfig)
+    assert run("twice", 2, 2)["status"] == "finished"
+    assert capsys.readouterr().out.count("starting it again") == 2
+    with pytest.raises(RuntimeError, match=r"^a worker died .* while its group was started$"):
+        run("once too often", 0, 3)
+    assert not on_ray._reserved()
+    assert run("after it", 0, 0)["status"] == "finished"
 
 
 @pytest.mark.slow

@@ -166,7 +166,9 @@ def test_sampled_pixels_are_features_of_their_class():
             image, truth, *_ = dataset[index]
             features = method.embed(image[None])[0]
             size = (image.shape[-2], image.shape[-1])
-            target = truth_of_positions(to_evaluated(truth, evaluation.ids), size, features, 4)
+            target = truth_of_positions(
+                to_evaluated(truth, evaluation.class_ids), size, features, 4
+            )
             for label in range(6):
                 own.setdefault(label, []).append(features[:, target == label].T.numpy())
     for value, label in zip(pixels.values, pixels.labels.tolist(), strict=True):
@@ -215,7 +217,8 @@ def test_truth_is_read_at_the_middle_of_a_position_and_not_in_the_padding():
 
 def drawn(class_vectors, num_panels: int, classes=None) -> dict[str, np.ndarray]:
     inference = Inference(window=16, stride=16)
-    evaluation = Evaluation(ColorMethod(), Images(), classes or evaluated(), "cpu", inference)
+    classes = classes or evaluated()
+    evaluation = Evaluation(ColorMethod(), Images(), classes, "cpu", inference=inference)
     return dict(draw_validation(evaluation, num_panels, {}, class_vectors))
 
 

@@ -204,7 +204,7 @@ def test_promise_2_resume_at_other_sizes(whole, process_pool, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import importlib, os, signal, sys
 from pathlib import Path
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "tests")]
 import torch
@@ -225,6 +225,7 @@ class Killed(Tracker):
             os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
+importlib.import_module(sys.argv[3])  # the method's, which may be one of a test
 config = from_json(Path(sys.argv[1]).read_text())
 train(config, Here(), Killed(), DeepSpeedEngine, draw_validation)
 """
@@ -236,7 +237,8 @@ def run_until_killed(config: RunConfig, *steps: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_json(config))
     for step in steps:
-        arguments = [sys.executable, "-c", KILLED, str(file), str(step)]
+        method = type(config.method).__module__
+        arguments = [sys.executable, "-c", KILLED, str(file), str(step), method]
         code = subprocess.run(arguments, timeout=120).returncode
         assert code == (-signal.SIGKILL if step else 0)
 
@@ -301,7 +303,8 @@ def test_a_run_that_fails_before_its_first_step_says_what_it_was(data, tmp_path)
     with pytest.raises(RuntimeError, match="no such engine"):
         loop.train(config, Here(), tracker, fail)
     assert tracker.status == "failed" and from_json(tracker.texts["config.json"]) == config
-    assert tracker.texts["error.txt"].endswith("RuntimeError: no such engine\n")
+    (text,) = [text for name, text in tracker.texts.items() if name.startswith("errors/")]
+    assert text.endswith("RuntimeError: no such engine\n")
 
 
 def torch_run(data, storage, **changes):

@@ -54,10 +54,10 @@ def draw_panels(evaluation: Evaluation, num_panels: int) -> list[tuple[str, Pixe
     with evaluation_mode(method):
         for index, focus in choose_images(evaluation.dataset, classes, num_panels):
             image, truth, key, _ = evaluation.dataset[index]
-            target = to_evaluated(truth.to(evaluation.device), evaluation.ids)
+            target = to_evaluated(truth.to(evaluation.device), evaluation.class_ids)
             image = image.to(evaluation.device)
             size = (image.shape[-2], image.shape[-1])
-            prediction = segment(method.predict, image, evaluation.ids, evaluation.inference)
+            prediction = segment(method.predict, image, evaluation.class_ids, evaluation.inference)
             small = F.interpolate(target[None, None].double(), size, mode="nearest")[0, 0].long()
             maps = {
                 name: upsample_positions(low, size, method.stride)

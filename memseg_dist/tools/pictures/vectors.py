@@ -58,7 +58,7 @@ def draw_class_vectors(
     (ascending by id) are drawn. No collective: rank 0's.
     """
     names = [item.name for item in evaluation.classes]
-    labels = to_evaluated(class_vectors[0], evaluation.ids.cpu())
+    labels = to_evaluated(class_vectors[0], evaluation.class_ids.cpu())
     values = class_vectors[1][labels != IGNORE].float()
     vectors = Vectors(values.numpy(), labels[labels != IGNORE].numpy())
     pictures = {"class vectors/similarity": similarity_matrix(vectors, names)}
@@ -113,7 +113,7 @@ def sample_pixels(evaluation: Evaluation) -> Vectors:
     are taken. The same pixels each time.
     """
     found: dict[int, list[NDArray[np.float32]]] = {}
-    class_ids = evaluation.ids.cpu()
+    class_ids = evaluation.class_ids.cpu()
     with evaluation_mode(evaluation.method):
         for index in _spread(len(evaluation.dataset), MAX_IMAGES).tolist():
             image, truth, key, _ = evaluation.dataset[index]
