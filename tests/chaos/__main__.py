@@ -1,6 +1,6 @@
 """Kills a run at random, again and again, and looks at what is left of it.
 
-    make chaos                                # 30 kills: ten minutes on two quiet cores
+    make chaos                                # 30 kills: 10 minutes on two quiet cores
     python -m chaos --launchers local --kills 6 --seed 7
 
 Two DeepSpeed workers with loader processes, a memory, evaluation and MLflow, as plain processes and
