@@ -150,7 +150,6 @@ class TrainLoader:
         own_slots = [slot for slot, idle in self.plan if not idle]
         # It does not know this loader: a cycle would delay the end of the loader processes.
         self._requests = _Requests(readers, seed, own_slots)
-        self._num_processes = num_processes
         self._loader: DataLoader[Batch] = DataLoader(
             _Batches(readers),
             batch_size=None,
@@ -178,7 +177,7 @@ class TrainLoader:
         batch again. One iterator at a time. ValueError naming what hangs if a batch does not come.
         """
         self._requests.span = range(start_step, stop_step)
-        with starting_loader_processes(self._num_processes):
+        with starting_loader_processes(self._loader.num_workers):
             batches = iter(self._loader)
         for step in range(start_step, stop_step):
             made = {

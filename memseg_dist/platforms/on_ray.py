@@ -3,9 +3,9 @@
     result = run(worker, config_json, config)
 
 The cluster is the one that `launch.address` or RAY_ADDRESS names (`ray job submit` sets it), else
-one is started on this machine, without a dashboard (ten processes more than the run). A group that
-fails starts again, with as many workers as `launch.workers` allows and the cluster has, from the
-run's own newest checkpoint; Ray keeps no copy of it.
+one is started on this machine, without a dashboard (eleven more processes). A group that fails
+starts again, with as many workers as `launch.workers` allows and the cluster has, from the run's
+own newest checkpoint; Ray keeps no copy of it.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def run(worker: Worker, config_json: str, config: RunConfig) -> dict:
 
 def _fit(loop: Callable[[], str], config: RunConfig, gpu: bool) -> Any:
     """What Ray Train returns. It starts a group that fails again, but not one of which a worker
-    dies as its work is sent to it, whose resources it keeps as well: that is done here.
+    dies as its work is sent to it, whose resources it keeps as well: that is done here. Ray counts
+    the restarts of its own anew then, with one less to go.
     """
     left = config.launch.max_failures
     while True:
